@@ -1,0 +1,1916 @@
+#!/usr/bin/env python3
+"""popup-notifier: a phone rings at the PBX, and every agent's browser shows who is calling.
+
+    PBX      -- POST /api/trigger -->  Server --Call-------->  Hub --frame-->  every browser
+    browser  -- GET /crmws --------->  Server --Subscriber-->  Hub (owns the socket from here on)
+
+Read it from top to bottom:
+
+    1. Configuration   KEYS, Config, load_config
+    2. Access lists    AccessList, peer_address
+    3. WebSocket       RFC 6455 without I/O: check_handshake, serialize_frame, WebSocketProtocol
+    4. Hub             Call, Backlog, Subscriber, Hub
+    5. HTTP            RFC 9112: parse_head, parse_parameters, Server, RequestHandler
+    9. Command line    log, limits, signals, main
+
+Who may touch what:
+
+    The main thread accepts connections, gathers requests without ever blocking, and answers them.
+    A slow peer costs it a descriptor and a small buffer, never a wait.
+    The Hub's I/O thread owns every browser's socket from Hub.subscribe() on: nobody else reads,
+    writes or closes it. What other threads hand to the Hub passes through its lock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import codecs
+import collections
+import contextlib
+import difflib
+import email.utils
+import enum
+import errno
+import hashlib
+import hmac
+import http.server
+import ipaddress
+import json
+import logging
+import os
+import re
+import resource
+import selectors
+import signal
+import socket
+import socketserver
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache, partial
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, Union
+from urllib.parse import unquote_to_bytes
+
+VERSION = "1.0.0"
+DEFAULT_CONFIG = "/usr/local/etc/popup-notifier.conf"
+
+# Limits of section 3, in bytes.
+MAX_MESSAGE = 64 * 1024  # no page has to send us anything; one that does sends little
+MAX_CONTROL = 125  # RFC 6455 section 5.5
+
+# Limits of section 4, in bytes and seconds.
+MAX_BACKLOG = 512 * 1024  # may wait for one browser: some 2,000 calls
+FLUSH_SIZE = 64 * 1024  # offered to a slow browser's socket at once
+READ_SIZE = 16 * 1024  # taken from one browser before the next has its turn
+ARRIVALS = 256  # browsers that may wait to be listened to before the I/O thread is woken
+LOGGED_ARRIVALS = 4  # of browsers that come at once, this many are named in the log
+CLOSE_TIMEOUT = 1.0  # a browser has this long to take its Close frame and hang up
+STOP_TIMEOUT = 3.0  # all of them together have this long when the daemon ends
+
+# Limits of section 5, in bytes, counts and seconds. Other servers allow heads of 8 to 64 KiB; a
+# browser with many cookies sends 4, a dialplan 0.3.
+MAX_HEAD = 16 * 1024
+MAX_FIELDS = 64
+MAX_BODY = 64 * 1024
+MAX_PARAMETERS = 32
+MAX_NAME = 64  # characters
+MAX_VALUE = 2048  # characters; the longest caller ID that Asterisk keeps has 256
+REQUEST_TIMEOUT = 10.0  # from the first byte of a request to its last
+DRAIN_TIMEOUT = 1.0  # a refused peer has this long to take our answer and hang up
+# socketserver asks for a queue of 5 connections: a restart with 10,000 browsers would lose most
+# of their handshakes. The kernel cuts this down to net.core.somaxconn.
+LISTEN_QUEUE = 4096
+ACCEPT_BATCH = 64  # connections accepted before those that wait are looked at again
+ACCEPT_PAUSE = 0.1  # no accepting for this long when descriptors have run out
+MAX_FILES = 1 << 20  # open files we ask for at most: some systems have no limit but want one
+ROOM_SIZES = (512, 512, 64, 256)  # connections that wait for more bytes, see Rooms
+REPORT_PERIOD = 60.0  # refusals of an address with a status: the first REPORT_LINES of a period
+REPORT_LINES = 3  # are logged, the others summed up at its end, or when REPORT_KEYS are counted
+REPORT_KEYS = 1000
+
+log = logging.getLogger("popup-notifier")
+
+IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+
+# Errors:
+#
+#     ConfigError         the configuration can't be used; `lines` says why
+#     RequestError        this request is answered with `status`
+#       HandshakeError    so is this opening handshake
+#     ProtocolError       this WebSocket connection is failed with `close_code`
+
+
+class ConfigError(Exception):
+    """The configuration can't be used: one line for each mistake."""
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("; ".join(lines))
+        self.lines = lines
+
+
+class RequestError(Exception):
+    """A request to refuse with `status`, the reason as body and further header `fields`."""
+
+    def __init__(self, status: HTTPStatus, reason: str, **fields: str) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.fields = {name.replace("_", "-"): value for name, value in fields.items()}
+
+
+class HandshakeError(RequestError):
+    """An opening handshake to refuse (RFC 6455 section 4.2.2)."""
+
+
+class ProtocolError(Exception):
+    """A WebSocket connection to fail with `close_code` (RFC 6455 section 7.1.7)."""
+
+    def __init__(self, close_code: CloseCode, reason: str) -> None:
+        super().__init__(reason)
+        self.close_code = close_code
+
+
+def quote(text: str, limit: int = 64) -> str:
+    """Return foreign text for a log line or an error: in quotes, cut at `limit`, one line."""
+    escaped = []
+    for char in text[:limit]:
+        if char in '"\\':
+            escaped.append("\\" + char)
+        elif char.isprintable():
+            escaped.append(char)
+        else:
+            escaped.append(char.encode("unicode_escape").decode("ascii"))
+    return '"{}"{}'.format("".join(escaped), "..." if len(text) > limit else "")
+
+
+# --- 1. Configuration --------------------------------------------------------------------------
+
+
+class Config(NamedTuple):
+    """The configuration, checked. A field is named as its key, in lower case."""
+
+    port: int
+    listen: IPAddress | None  # None: every address, IPv6 and IPv4
+    secret_token: str
+    trigger_allow: AccessList
+    crmws_allow: AccessList
+    ping_interval: int  # seconds
+    max_browsers: int
+
+
+class Key(NamedTuple):
+    """A key of the configuration file; `parse` raises ValueError saying what is wrong."""
+
+    name: str
+    default: str | None  # as it would stand in the file; None: the key is required
+    parse: Callable[[str], Any]
+    alias: str = ""  # the Go daemon's name for it
+    is_secret: bool = False
+
+
+def parse_number(low: int, high: int) -> Callable[[str], int]:
+    """Return a parser of whole numbers from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+            raise ValueError(f"is not a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def parse_listen(text: str) -> IPAddress | None:
+    """Return the address to listen on, None for all. A name would need a name server."""
+    if not text:
+        return None
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        raise ValueError("is not an IP address (without LISTEN it is every address)") from None
+
+
+def parse_token(text: str) -> str:
+    """Return a token that fits into a URL as it is and into a header field."""
+    if not re.fullmatch(r"[!-~]+", text):
+        raise ValueError("must be one or more ASCII letters, digits and signs, no blanks")
+    return text
+
+
+def parse_networks(text: str) -> AccessList:
+    """Return the access list that comma-separated addresses and CIDR networks make."""
+    entries = [entry.strip() for entry in text.split(",")]
+    return AccessList([parse_network(entry) for entry in entries if entry])
+
+
+def parse_network(text: str) -> IPNetwork:
+    """Return one address or network; the error offers what was probably meant."""
+    try:
+        network = ipaddress.ip_network(text)
+    except ValueError:
+        try:
+            interface = ipaddress.ip_interface(text)
+        except ValueError:
+            raise ValueError(f"holds {quote(text)}, no IP address or CIDR network") from None
+        raise ValueError(
+            f"holds {quote(text)}, whose host bits are set: "
+            f"write {interface.network} for the network or {interface.ip} for the one address"
+        ) from None
+    if isinstance(network, ipaddress.IPv6Network) and network.network_address.ipv4_mapped:
+        bits = max(network.prefixlen - 96, 0)
+        plain = f"{network.network_address.ipv4_mapped}/{bits}"
+        raise ValueError(f"holds {quote(text)}, IPv4 in IPv6 form: write it as {plain}")
+    return network
+
+
+KEYS = (
+    Key("PORT", "8080", parse_number(1, 65535), alias="HTTP_PORT"),
+    Key("LISTEN", "", parse_listen),
+    Key("SECRET_TOKEN", None, parse_token, is_secret=True),
+    Key("TRIGGER_ALLOW", "", parse_networks),
+    Key("CRMWS_ALLOW", "", parse_networks),
+    Key("PING_INTERVAL", "25", parse_number(1, 3600)),
+    Key("MAX_BROWSERS", "10000", parse_number(1, 1_000_000)),
+)
+KEY_BY_NAME = {name: key for key in KEYS for name in (key.name, key.alias) if name}
+
+
+def load_config(path: Path) -> tuple[Config, list[str]]:
+    """Read the file; return what it says and a warning for each oddity, raise ConfigError."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from None
+    return parse_config(data, str(path))
+
+
+def parse_config(data: bytes, source: str) -> tuple[Config, list[str]]:
+    """Return what the bytes of a configuration file say, as load_config does."""
+    values: dict[str, Any] = {}
+    seen: dict[str, int] = {}
+    errors: list[str] = []
+    warnings: list[str] = []
+    for number, name, raw in config_lines(data):
+        where = f"{source}:{number}"
+        key = KEY_BY_NAME.get(name)
+        if raw is None:
+            errors.append(f"{where}: {quote(name)} begins a line that is not KEY=value")
+        elif key is None:
+            near = difflib.get_close_matches(name.upper(), KEY_BY_NAME, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            warnings.append(f"{where}: {quote(name)} is not a key and is ignored{hint}")
+        else:
+            if key.name in seen:
+                warnings.append(
+                    f"{where}: {name} is given again; line {seen[key.name]} does not count"
+                )
+            seen[key.name] = number
+            try:
+                values[key.name.lower()] = parse_value(key, raw)
+            except ValueError as error:
+                errors.append(f"{where}: {name}: {error}")
+    for key in KEYS:
+        if key.name not in seen and key.default is None:
+            errors.append(f"{source}: {key.name} is missing and has no default")
+        elif key.name not in seen:
+            values[key.name.lower()] = key.parse(key.default or "")
+    if errors:
+        raise ConfigError(*errors)
+    return Config(**values), warnings
+
+
+def config_lines(data: bytes) -> Iterator[tuple[int, str, bytes | None]]:
+    """Yield (line number, key, value) of each line that says something; no '=': value None.
+
+    Comments are passed over as bytes: old ones are in Shift_JIS or EUC-JP.
+    """
+    for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).splitlines(), 1):
+        line = line.strip()
+        if line and not line.startswith(b"#"):
+            name, equals, value = line.partition(b"=")
+            # Without '=' only the first word is shown: the rest may be a token.
+            word = name.strip() if equals else name.split()[0]
+            yield number, word.decode("utf-8", "replace"), value.strip() if equals else None
+
+
+def parse_value(key: Key, raw: bytes) -> Any:
+    """Return the parsed value of a key; the ValueError shows it, unless it is a secret."""
+    shown = quote(raw.decode("utf-8", "backslashreplace")) + " "
+    if key.is_secret:
+        shown = ""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{shown}is not UTF-8") from None
+    try:
+        return key.parse(text)
+    except ValueError as error:
+        raise ValueError(f"{shown}{error}") from None
+
+
+# --- 2. Access lists ---------------------------------------------------------------------------
+
+
+class AccessList:
+    """The networks that may use an endpoint. An empty list admits nobody."""
+
+    def __init__(self, networks: Iterable[IPNetwork] = ()) -> None:
+        self.networks = tuple(networks)
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.networks)) or "nobody"
+
+    def allows(self, address: IPAddress) -> bool:
+        """Tell whether a peer's address (see peer_address) is in the list."""
+        if any(address in network for network in self.networks):
+            return True
+        # curl asks for localhost at ::1 first, and the sample admits 127.0.0.1: the same machine.
+        return address == LOOPBACK_6 and self.allows(LOOPBACK_4)
+
+
+LOOPBACK_4 = ipaddress.IPv4Address("127.0.0.1")
+LOOPBACK_6 = ipaddress.IPv6Address("::1")
+
+
+@lru_cache(maxsize=4096)
+def peer_address(host: str) -> IPAddress:
+    """Return the address of a socket's peer, IPv4-mapped ones as the IPv4 that they are."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+# --- 3. WebSocket ------------------------------------------------------------------------------
+#
+# RFC 6455 as plain functions and one class that turn bytes into messages and back. Nothing here
+# knows a socket, a clock, a thread or the log.
+
+
+class Opcode(enum.IntEnum):
+    """RFC 6455 section 5.2."""
+
+    CONTINUATION = 0x0
+    TEXT = 0x1
+    BINARY = 0x2
+    CLOSE = 0x8
+    PING = 0x9
+    PONG = 0xA
+
+
+class CloseCode(enum.IntEnum):
+    """RFC 6455 section 7.4.1."""
+
+    NORMAL_CLOSURE = 1000
+    GOING_AWAY = 1001
+    PROTOCOL_ERROR = 1002
+    NO_STATUS_RECEIVED = 1005  # never on the wire
+    ABNORMAL_CLOSURE = 1006  # never on the wire
+    INVALID_DATA = 1007
+    POLICY_VIOLATION = 1008
+    MESSAGE_TOO_BIG = 1009
+
+
+OPCODES = {opcode.value: opcode for opcode in Opcode}
+FIN = 0x80
+RESERVED_BITS = 0x70
+OPCODE_BITS = 0x0F
+MASKED = 0x80
+LENGTH_BITS = 0x7F
+LENGTH_16 = 126  # a 16-bit length follows
+LENGTH_64 = 127  # a 64-bit length follows
+CONTROL = 0x8  # the bit that control opcodes have
+
+ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 section 1.3
+KEY_PATTERN = re.compile(r"[A-Za-z0-9+/]{22}==")  # 16 bytes in base64
+
+
+def tokens(field: str) -> list[str]:
+    """Return the members of a comma-separated header field, in lower case."""
+    return [token.strip().lower() for token in field.split(",")]
+
+
+def accept_key(key: str) -> str:
+    """Return the Sec-WebSocket-Accept for a Sec-WebSocket-Key (RFC 6455 section 4.2.2)."""
+    return base64.b64encode(hashlib.sha1(key.encode() + ACCEPT_GUID).digest()).decode()
+
+
+def check_handshake(fields: Mapping[str, str]) -> str:
+    """Check an opening handshake (RFC 6455 section 4.2.1) and return its Sec-WebSocket-Accept.
+
+    `fields` are header fields by lower-case name, repeated ones joined by commas. Raises
+    HandshakeError: 426 for anything but WebSocket version 13, 400 for a bad key.
+    """
+    if "websocket" not in tokens(fields.get("upgrade", "")):
+        raise upgrade_required("only WebSocket is spoken here: Upgrade: websocket is missing")
+    if "upgrade" not in tokens(fields.get("connection", "")):
+        raise upgrade_required(
+            "Connection: Upgrade is missing; a proxy on the way must pass it on with Upgrade"
+        )
+    if fields.get("sec-websocket-version") != "13":
+        raise upgrade_required("only WebSocket version 13 is spoken here")
+    key = fields.get("sec-websocket-key", "")
+    if not KEY_PATTERN.fullmatch(key):
+        raise HandshakeError(
+            HTTPStatus.BAD_REQUEST, f"Sec-WebSocket-Key: {quote(key)} is not 16 bytes in base64"
+        )
+    return accept_key(key)
+
+
+def upgrade_required(reason: str) -> HandshakeError:
+    """Return the 426 that names what is spoken here (RFC 6455 section 4.4)."""
+    return HandshakeError(
+        HTTPStatus.UPGRADE_REQUIRED,
+        reason,
+        Upgrade="websocket",
+        Connection="Upgrade",
+        Sec_WebSocket_Version="13",
+    )
+
+
+def serialize_frame(opcode: Opcode, payload: bytes) -> bytes:
+    """Return a whole message as one frame from a server, unmasked (RFC 6455 section 5.1)."""
+    length = len(payload)
+    if length < LENGTH_16:
+        return struct.pack("!BB", FIN | opcode, length) + payload
+    if length < 1 << 16:
+        return struct.pack("!BBH", FIN | opcode, LENGTH_16, length) + payload
+    return struct.pack("!BBQ", FIN | opcode, LENGTH_64, length) + payload
+
+
+def frame_size(data: bytes, start: int) -> int:
+    """Return the size in bytes of the frame from a server that begins at `start`."""
+    length = data[start + 1]
+    if length < LENGTH_16:
+        return 2 + length
+    if length == LENGTH_16:
+        return 4 + int.from_bytes(data[start + 2 : start + 4], "big")
+    return 10 + int.from_bytes(data[start + 2 : start + 10], "big")
+
+
+def serialize_close(code: CloseCode, reason: str = "") -> bytes:
+    """Return a Close frame; the reason is cut to what fits a control frame (section 5.5.1)."""
+    text = reason.encode()[: MAX_CONTROL - 2].decode("utf-8", "ignore").encode()
+    return serialize_frame(Opcode.CLOSE, struct.pack("!H", code) + text)
+
+
+def is_valid_close_code(code: int) -> bool:
+    """Tell whether a peer may send this close code (RFC 6455 section 7.4, IANA's registry)."""
+    return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
+
+
+def apply_mask(data: bytes, masking_key: bytes, offset: int = 0) -> bytes:
+    """Mask or unmask what stands `offset` bytes into a payload (RFC 6455 section 5.3)."""
+    size = len(data)
+    start = offset % 4
+    mask = (masking_key * (size // 4 + 2))[start : start + size]
+    number = int.from_bytes(data, "little") ^ int.from_bytes(mask, "little")
+    return number.to_bytes(size, "little")
+
+
+class FrameHead(NamedTuple):
+    """What stands before a frame's payload, in bytes as received."""
+
+    fin: bool
+    opcode: Opcode
+    length: int
+    masking_key: bytes
+
+
+class Message(NamedTuple):
+    """A whole message (TEXT, BINARY) or a control frame (PING, PONG, CLOSE), as received."""
+
+    opcode: Opcode
+    payload: bytes  # of TEXT: valid UTF-8
+
+
+class State(enum.Enum):
+    """Where a connection stands; it only moves down this list."""
+
+    OPEN = enum.auto()
+    CLOSING = enum.auto()  # our Close is out, the peer's is awaited
+    CLOSED = enum.auto()  # nothing more is read; what data_to_send() gives is the last
+
+
+class WebSocketProtocol:
+    """The server's side of one connection after its handshake, without I/O.
+
+    Feed what arrived to receive_data(), then take its meaning from events_received() and the
+    bytes to be sent from data_to_send(); once is_closed, send those and close the connection.
+    Pings and Close are answered here. Chunks may be cut anywhere. A peer's mistake raises
+    nothing: it fails the connection and stands in `error`. Belongs to one thread at a time.
+    """
+
+    __slots__ = (
+        "_decode",
+        "_events",
+        "_head",
+        "_message",
+        "_message_opcode",
+        "_outgoing",
+        "_partial",
+        "_received",
+        "close_code",
+        "error",
+        "max_message",
+        "state",
+    )
+
+    def __init__(self, max_message: int = MAX_MESSAGE) -> None:
+        self.max_message = max_message
+        self.state = State.OPEN
+        self.close_code: int | None = None  # what the peer closed with
+        self.error: ProtocolError | None = None  # why we failed the connection
+        self._partial = b""  # the beginning of a frame's head, or of a control frame
+        self._head: FrameHead | None = None  # of the frame whose payload is arriving
+        self._received = 0  # bytes of that payload so far
+        self._message_opcode: Opcode | None = None  # of the message whose fragments are arriving
+        self._message: bytearray | None = None  # its payload so far
+        self._decode: Callable[[bytes, bool], str] | None = None  # checks its UTF-8, if text
+        self._events: list[Message] = []
+        self._outgoing = b""
+
+    # What a connection does with it.
+
+    @property
+    def is_closed(self) -> bool:
+        """Tell whether nothing more is to be read: send what is left, then hang up."""
+        return self.state is State.CLOSED
+
+    def receive_data(self, data: bytes) -> None:
+        """Take in bytes from the peer, in chunks of any size."""
+        data, start = self._partial + data, 0
+        try:
+            while self.state is not State.CLOSED:
+                end = self._receive_some(data, start)
+                if end == start:
+                    break
+                start = end
+        except ProtocolError as error:
+            self.error = error
+            self.fail(error.close_code, str(error))
+        self._partial = data[start:] if self.state is not State.CLOSED else b""
+
+    def receive_eof(self) -> None:
+        """Take in that the peer hung up."""
+        if self.close_code is None:
+            self.close_code = CloseCode.ABNORMAL_CLOSURE
+        self.state = State.CLOSED
+
+    def events_received(self) -> list[Message]:
+        """Return what has arrived since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def data_to_send(self) -> bytes:
+        """Return the bytes to send since the last call."""
+        data, self._outgoing = self._outgoing, b""
+        return data
+
+    def send_text(self, text: str | bytes) -> None:
+        """Send a text message."""
+        self._send(Opcode.TEXT, text.encode() if isinstance(text, str) else text)
+
+    def send_binary(self, data: bytes) -> None:
+        """Send a binary message."""
+        self._send(Opcode.BINARY, data)
+
+    def send_ping(self, payload: bytes = b"") -> None:
+        """Send a Ping (RFC 6455 section 5.5.2)."""
+        self._send(Opcode.PING, payload)
+
+    def send_close(self, code: CloseCode, reason: str = "") -> None:
+        """Begin the closing handshake (RFC 6455 section 7.1.2)."""
+        if self.state is State.OPEN:
+            self._outgoing += serialize_close(code, reason)
+            self.state = State.CLOSING
+
+    def fail(self, code: CloseCode, reason: str) -> None:
+        """Fail the connection: send Close, read nothing more (RFC 6455 section 7.1.7)."""
+        self.send_close(code, reason)
+        self.state = State.CLOSED
+
+    # How it works.
+
+    def _send(self, opcode: Opcode, payload: bytes) -> None:
+        # Nothing may follow our Close (RFC 6455 section 5.5.1).
+        if self.state is State.OPEN:
+            self._outgoing += serialize_frame(opcode, payload)
+
+    def _receive_some(self, data: bytes, start: int) -> int:
+        """Take a head or some payload from data[start:]; return where it ends, or `start`."""
+        if self._head is None:
+            parsed = parse_frame_head(data, start)
+            if parsed is None:
+                return start
+            head, start = parsed
+            self._check_sequence(head)
+            self._head = head
+            self._received = 0
+        if self._head.opcode & CONTROL:
+            return self._receive_control(self._head, data, start)
+        return self._receive_payload(self._head, data, start)
+
+    def _check_sequence(self, head: FrameHead) -> None:
+        """Check a frame against those before it (section 5.4), and the message's size."""
+        if head.opcode & CONTROL:
+            return
+        if head.opcode is Opcode.CONTINUATION:
+            if self._message is None:
+                raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a continuation of no message")
+        elif self._message is not None:
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a message inside a fragmented one")
+        else:
+            self._message = bytearray()
+            self._message_opcode = head.opcode
+            if head.opcode is Opcode.TEXT:
+                self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        if len(self._message) + head.length > self.max_message:
+            raise ProtocolError(
+                CloseCode.MESSAGE_TOO_BIG, f"a message of over {self.max_message} bytes"
+            )
+
+    def _receive_payload(self, head: FrameHead, data: bytes, start: int) -> int:
+        assert self._message is not None and self._message_opcode is not None
+        chunk = data[start : start + head.length - self._received]
+        payload = apply_mask(chunk, head.masking_key, self._received)
+        self._received += len(chunk)
+        is_whole = self._received == head.length
+        is_last = is_whole and head.fin
+        if self._decode is not None:
+            try:
+                self._decode(payload, is_last)
+            except UnicodeDecodeError:
+                raise ProtocolError(CloseCode.INVALID_DATA, "text that is not UTF-8") from None
+        self._message += payload
+        if is_whole:
+            self._head = None
+        if is_last:
+            self._events.append(Message(self._message_opcode, bytes(self._message)))
+            self._message = self._message_opcode = self._decode = None
+        return start + len(chunk)
+
+    def _receive_control(self, head: FrameHead, data: bytes, start: int) -> int:
+        end = start + head.length
+        if len(data) < end:
+            return start
+        payload = apply_mask(data[start:end], head.masking_key)
+        self._head = None
+        if head.opcode is Opcode.PING:
+            self._send(Opcode.PONG, payload)
+        elif head.opcode is Opcode.CLOSE:
+            self._receive_close(payload)
+        self._events.append(Message(head.opcode, payload))
+        return end
+
+    def _receive_close(self, payload: bytes) -> None:
+        """Check a Close frame and answer it with its own code (section 5.5.1)."""
+        if not payload:
+            self.close_code = CloseCode.NO_STATUS_RECEIVED
+        else:
+            code = int.from_bytes(payload[:2], "big")
+            if len(payload) == 1 or not is_valid_close_code(code):
+                raise ProtocolError(CloseCode.PROTOCOL_ERROR, "an invalid close code")
+            try:
+                payload[2:].decode()
+            except UnicodeDecodeError:
+                raise ProtocolError(
+                    CloseCode.INVALID_DATA, "a close reason that is not UTF-8"
+                ) from None
+            self.close_code = code
+        self._send(Opcode.CLOSE, payload[:2])
+        self.state = State.CLOSED
+
+
+def parse_frame_head(data: bytes, start: int) -> tuple[FrameHead, int] | None:
+    """Return the head of the frame from a browser at `start`, and where its payload begins.
+
+    None when more bytes are needed; ProtocolError when RFC 6455 section 5.2 is not kept.
+    """
+    if len(data) < start + 2:
+        return None
+    first, second = data[start], data[start + 1]
+    opcode = OPCODES.get(first & OPCODE_BITS)
+    fin = bool(first & FIN)
+    length = second & LENGTH_BITS
+    if first & RESERVED_BITS:
+        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "reserved bits without an extension")
+    if opcode is None:
+        raise ProtocolError(CloseCode.PROTOCOL_ERROR, f"unknown opcode {first & OPCODE_BITS}")
+    if not second & MASKED:
+        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a frame that is not masked")
+    if opcode & CONTROL and (not fin or length > MAX_CONTROL):
+        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a control frame in fragments or too long")
+    extended = {LENGTH_16: 2, LENGTH_64: 8}.get(length, 0)
+    end = start + 2 + extended + 4
+    if len(data) < end:
+        return None
+    if extended:
+        length = int.from_bytes(data[start + 2 : end - 4], "big")
+        if length < (LENGTH_16 if extended == 2 else 1 << 16) or length >> 63:
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a length not in its shortest form")
+    return FrameHead(fin, opcode, length, data[end - 4 : end]), end
+
+
+# --- 4. Hub ------------------------------------------------------------------------------------
+
+# What a non-blocking socket raises when it has nothing to read or no room to write.
+WOULD_BLOCK = (BlockingIOError, InterruptedError)
+PING = serialize_frame(Opcode.PING, b"")
+
+
+class Call(NamedTuple):
+    """A call that rings, on its way to the browsers."""
+
+    id: str  # milliseconds-sequence, strictly increasing
+    parameters: Mapping[str, str]  # phone, exten and what else was sent, but for the token
+    source: str  # the address that triggered it
+    frame: bytes
+
+
+def serialize_call(call_id: str, parameters: Mapping[str, str]) -> bytes:
+    """Return the frame of a call: ASCII, so that no caller ID can break it on its way."""
+    message = {
+        "type": "CALL_IN",
+        "id": call_id,
+        "phone": parameters["phone"],
+        "exten": parameters["exten"],
+        "data": parameters,
+    }
+    return serialize_frame(Opcode.TEXT, json.dumps(message).encode("ascii"))
+
+
+class Waker:
+    """Lets other threads, and signal handlers, end a selector's wait."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+
+    def fileno(self) -> int:
+        """Return what to watch for reading."""
+        return self._reader.fileno()
+
+    def wake(self) -> None:
+        """End the wait, or the next one. Any thread."""
+        # A full pipe has wakings enough.
+        with contextlib.suppress(BlockingIOError):
+            self._writer.send(b"\0")
+
+    def drain(self) -> None:
+        """Forget the wakings so far."""
+        with contextlib.suppress(BlockingIOError):
+            self._reader.recv(4096)
+
+
+class Backlog:
+    """Frames that wait for one slow browser. The bytes are shared with all who wait for them."""
+
+    __slots__ = ("_begun", "_chunks", "size")
+
+    def __init__(self, frames: bytes, sent: int) -> None:
+        self._chunks: collections.deque[bytes] = collections.deque()
+        self._begun = 0  # bytes in front that end a frame of which some went out
+        self.size = len(frames)
+        self._put_back(frames, sent)
+
+    def append(self, frames: bytes) -> None:
+        """Let whole frames wait."""
+        self._chunks.append(frames)
+        self.size += len(frames)
+
+    def flush(self, send: Callable[[bytes], int]) -> None:
+        """Send what the socket takes, many frames at once; `size` is 0 when all went."""
+        while self._chunks:
+            data = self._chunks.popleft()
+            while self._chunks and len(data) < FLUSH_SIZE:
+                data += self._chunks.popleft()
+            try:
+                sent = send(data)
+            except WOULD_BLOCK:
+                sent = 0
+            self._put_back(data, sent)
+            if sent < len(data):
+                break
+
+    def discard(self) -> None:
+        """Drop every frame of which nothing went out."""
+        begun = b"".join(self._chunks)[: self._begun]
+        self._chunks = collections.deque([begun] if begun else [])
+        self.size = len(begun)
+
+    def _put_back(self, data: bytes, sent: int) -> None:
+        end = self._begun
+        while end < sent:
+            end += frame_size(data, end)
+        self._begun = end - sent
+        self.size -= sent
+        if sent < len(data):
+            self._chunks.appendleft(data[sent:])
+
+
+class Subscriber:
+    """A connected browser. All of it belongs to the I/O thread once the Hub has it."""
+
+    __slots__ = (
+        "address",
+        "backlog",
+        "calls_before",
+        "deadline",
+        "is_gone",
+        "last_heard",
+        "leftover",
+        "next_ping",
+        "protocol",
+        "send",
+        "sock",
+    )
+
+    def __init__(self, sock: socket.socket, address: IPAddress, leftover: bytes) -> None:
+        self.sock = sock  # non-blocking
+        self.send = sock.send
+        self.address = address
+        self.leftover = leftover  # what came behind the handshake
+        self.calls_before = 0  # waiting calls that came before this browser
+        self.protocol = WebSocketProtocol()
+        self.backlog: Backlog | None = None  # None: all was sent
+        self.last_heard = 0.0  # monotonic seconds
+        self.next_ping = 0.0
+        self.deadline: float | None = None  # set when it leaves: gone by then
+        self.is_gone = False
+
+
+class Hub:
+    """The browsers, and the one thread that talks to them.
+
+    Other threads call start, subscribe, broadcast and close, which never wait for a browser.
+    """
+
+    def __init__(self, ping_interval: float, max_browsers: int) -> None:
+        self.ping_interval = ping_interval
+        self.max_browsers = max_browsers
+        self.has_failed = False
+        self._waker = Waker()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        # Guarded by the lock: who is here, and what waits for the I/O thread.
+        self._registry: set[Subscriber] = set()
+        self._arrivals: list[Subscriber] = []
+        self._calls: list[Call] = []
+        self._last_id = (0, 0)
+        self._is_closing = False
+        # The I/O thread's own.
+        self._now = time.monotonic()
+        self._selector = selectors.DefaultSelector()
+        self._audience: dict[Subscriber, None] = {}  # the registry without the arrivals
+        self._pings: collections.deque[Subscriber] = collections.deque()  # by next_ping
+        self._leaving: collections.deque[Subscriber] = collections.deque()  # by deadline
+        self._stop_deadline: float | None = None
+
+    # For other threads.
+
+    def start(self, on_failure: Callable[[], None]) -> None:
+        """Start the I/O thread; it calls `on_failure` should it ever end by a bug."""
+        self._selector.register(self._waker, selectors.EVENT_READ)
+        self._thread = threading.Thread(
+            target=self._run, args=(on_failure,), name="hub", daemon=True
+        )
+        self._thread.start()
+
+    def subscribe(self, subscriber: Subscriber, greeting: bytes) -> bool:
+        """Take over a browser: it gets the greeting (its 101), then every call from now on.
+
+        False when there is no place for it: its socket is the caller's still.
+        """
+        with self._lock:
+            if self._is_closing or len(self._registry) >= self.max_browsers:
+                return False
+            subscriber.calls_before = len(self._calls)
+            self._registry.add(subscriber)
+            self._arrivals.append(subscriber)
+            # A call triggered from here on waits for the lock, and so comes behind the greeting.
+            # If the browser is gone already, the I/O thread will see it.
+            with contextlib.suppress(OSError):
+                subscriber.send(greeting)
+            is_full = len(self._arrivals) >= ARRIVALS
+        if is_full:
+            self._waker.wake()
+        return True
+
+    def welcome(self) -> None:
+        """Let the I/O thread listen to the arrivals now, rather than when the next call comes.
+
+        Called when there is nothing else to do: woken for each of 10,000 browsers, the two
+        threads would fight for the interpreter's lock most of the time.
+        """
+        if self._arrivals:
+            self._waker.wake()
+
+    def broadcast(self, parameters: Mapping[str, str], source: str) -> None:
+        """Queue a call for every browser here now."""
+        with self._lock:
+            call_id = self._next_id()
+            frame = serialize_call(call_id, parameters)
+            self._calls.append(Call(call_id, parameters, source, frame))
+            is_first = len(self._calls) == 1
+        if is_first:
+            self._waker.wake()
+
+    def close(self) -> None:
+        """Close all with 1001 and end the I/O thread, within STOP_TIMEOUT."""
+        with self._lock:
+            self._is_closing = True
+        self._waker.wake()
+        if self._thread is not None:
+            self._thread.join(STOP_TIMEOUT + CLOSE_TIMEOUT)
+
+    def _next_id(self) -> str:
+        """Return the next call's ID: a wall clock that is set back stands still here."""
+        last, sequence = self._last_id
+        now = int(time.time() * 1000)
+        self._last_id = (now, 0) if now > last else (last, sequence + 1)
+        return "{}-{}".format(*self._last_id)
+
+    # The I/O thread's.
+
+    def _run(self, on_failure: Callable[[], None]) -> None:
+        try:
+            while self._turn():
+                pass
+        except Exception:
+            log.critical("the hub failed: this is a bug", exc_info=True)
+            self.has_failed = True
+            on_failure()
+
+    def _turn(self) -> bool:
+        """Serve what is ready; False when there is nothing left to do."""
+        events = self._selector.select(self._until_deadline())
+        self._now = time.monotonic()
+        for key, mask in events:
+            if key.data is None:
+                self._waker.drain()
+            else:
+                self._serve(key.data, mask)
+            # A call does not wait for 10,000 answers to a ping.
+            if self._calls:
+                self._take_over()
+        self._take_over()
+        self._ping()
+        self._end_those_leaving()
+        if self._is_closing and self._stop_deadline is None:
+            self._stop_deadline = self._now + STOP_TIMEOUT
+            for subscriber in list(self._audience):
+                self._close(subscriber, CloseCode.GOING_AWAY, "popup-notifier is stopping")
+        return self._stop_deadline is None or (
+            bool(self._leaving) and self._now < self._stop_deadline
+        )
+
+    def _until_deadline(self) -> float | None:
+        """Return the seconds until something is due."""
+        due = [queue[0].next_ping for queue in (self._pings,) if queue]
+        due += [queue[0].deadline or 0 for queue in (self._leaving,) if queue]
+        return max(min(due) - time.monotonic(), 0) if due else None
+
+    def _serve(self, subscriber: Subscriber, mask: int) -> None:
+        """Write and read what one browser's socket is ready for."""
+        try:
+            if mask & selectors.EVENT_WRITE and not subscriber.is_gone:
+                self._flush(subscriber)
+            if mask & selectors.EVENT_READ and not subscriber.is_gone:
+                self._receive(subscriber)
+        except Exception:
+            log.exception("browser dropped: %s met a bug", subscriber.address)
+            self._abort(subscriber)
+
+    def _take_over(self) -> None:
+        """Deliver the calls that wait to those who were here, then welcome the arrivals."""
+        with self._lock:
+            calls, self._calls = self._calls, []
+            arrivals, self._arrivals = self._arrivals, []
+        audience = list(self._audience) if calls else []
+        frames = b"".join([call.frame for call in calls])
+        for subscriber in audience:
+            self._write(subscriber, frames)
+        for subscriber in arrivals:
+            self._admit(subscriber, calls[subscriber.calls_before :])
+        if arrivals:
+            self._log_arrivals(arrivals)
+        for index, call in enumerate(calls):
+            count = len(audience) + sum(each.calls_before <= index for each in arrivals)
+            log.info(
+                "call %s: phone=%s exten=%s from %s to %d browser%s",
+                call.id,
+                quote(call.parameters["phone"]),
+                quote(call.parameters["exten"]),
+                call.source,
+                count,
+                "" if count == 1 else "s",
+            )
+
+    def _admit(self, subscriber: Subscriber, calls: list[Call]) -> None:
+        """Listen to a browser, and send it the calls that came since its 101."""
+        subscriber.last_heard = self._now
+        subscriber.next_ping = self._now + self.ping_interval
+        self._selector.register(subscriber.sock, selectors.EVENT_READ, subscriber)
+        self._pings.append(subscriber)
+        self._audience[subscriber] = None
+        if calls:
+            self._write(subscriber, b"".join([call.frame for call in calls]))
+        if subscriber.leftover and not subscriber.is_gone:
+            self._digest(subscriber, subscriber.leftover)
+        subscriber.leftover = b""
+
+    def _write(self, subscriber: Subscriber, frames: bytes) -> None:
+        """Send whole frames, or let wait what the socket does not take."""
+        if subscriber.backlog is not None:
+            subscriber.backlog.append(frames)
+        else:
+            try:
+                sent = subscriber.send(frames)
+            except WOULD_BLOCK:
+                sent = 0
+            except OSError as error:
+                self._lose(subscriber, error)
+                return
+            if sent == len(frames):
+                return
+            subscriber.backlog = Backlog(frames, sent)
+            self._watch(subscriber, selectors.EVENT_READ | selectors.EVENT_WRITE)
+        if subscriber.backlog.size > MAX_BACKLOG:
+            self._evict(subscriber)
+
+    def _flush(self, subscriber: Subscriber) -> None:
+        """Send on what waits for a browser whose socket has room again."""
+        if subscriber.backlog is None:
+            return
+        try:
+            subscriber.backlog.flush(subscriber.send)
+        except OSError as error:
+            self._lose(subscriber, error)
+            return
+        if not subscriber.backlog.size:
+            subscriber.backlog = None
+            self._watch(subscriber, selectors.EVENT_READ)
+            self._hang_up_if_closed(subscriber)
+
+    def _watch(self, subscriber: Subscriber, events: int) -> None:
+        self._selector.modify(subscriber.sock, events, subscriber)
+
+    def _receive(self, subscriber: Subscriber) -> None:
+        """Read what a browser sent."""
+        try:
+            data = subscriber.sock.recv(READ_SIZE)
+        except WOULD_BLOCK:
+            return
+        except OSError as error:
+            self._lose(subscriber, error)
+            return
+        if data:
+            subscriber.last_heard = self._now
+            self._digest(subscriber, data)
+        else:
+            if subscriber.deadline is None:
+                self._strike_off(subscriber)
+                self._log_gone(subscriber, "hung up without Close")
+            self._remove(subscriber)
+
+    def _digest(self, subscriber: Subscriber, data: bytes) -> None:
+        """Let the protocol answer; what a browser says is checked and ignored."""
+        protocol = subscriber.protocol
+        was_closed = protocol.is_closed
+        protocol.receive_data(data)
+        protocol.events_received()
+        reply = protocol.data_to_send()
+        if reply:
+            self._write(subscriber, reply)
+        if protocol.is_closed and not was_closed and not subscriber.is_gone:
+            is_leaving = subscriber.deadline is not None
+            self._leave(subscriber)
+            self._hang_up_if_closed(subscriber)
+            if protocol.error is not None:
+                log.warning("browser dropped: %s sent %s", subscriber.address, protocol.error)
+            elif not is_leaving:
+                self._log_gone(subscriber, f"closed with {protocol.close_code}")
+
+    def _hang_up_if_closed(self, subscriber: Subscriber) -> None:
+        """Send FIN once Close frames went both ways, or the connection was failed.
+
+        The socket is closed when the peer's FIN arrives: closing it before with bytes unread
+        would send a reset, which can overtake our Close frame (RFC 6455 section 7.1.1).
+        """
+        if subscriber.protocol.is_closed and subscriber.backlog is None:
+            with contextlib.suppress(OSError):
+                subscriber.sock.shutdown(socket.SHUT_WR)
+
+    def _ping(self) -> None:
+        """Ping those whose turn it is; who was silent for two intervals is gone."""
+        while self._pings and self._pings[0].next_ping <= self._now:
+            subscriber = self._pings.popleft()
+            if subscriber.is_gone or subscriber.deadline is not None:
+                continue
+            silence = self._now - subscriber.last_heard
+            if silence >= 2 * self.ping_interval:
+                log.warning(
+                    "browser dropped: %s was silent for %.0f s", subscriber.address, silence
+                )
+                self._abort(subscriber)
+                continue
+            subscriber.next_ping = self._now + self.ping_interval
+            self._pings.append(subscriber)
+            self._write(subscriber, PING)
+
+    def _evict(self, subscriber: Subscriber) -> None:
+        """Give up on a browser that does not keep up; it can come back."""
+        if subscriber.deadline is not None or subscriber.backlog is None:
+            return
+        log.warning(
+            "browser dropped: %s is too slow, %d bytes wait for it",
+            subscriber.address,
+            subscriber.backlog.size,
+        )
+        subscriber.backlog.discard()
+        self._close(subscriber, CloseCode.POLICY_VIOLATION, "too slow")
+
+    def _close(self, subscriber: Subscriber, code: CloseCode, reason: str) -> None:
+        """Begin the closing handshake."""
+        self._leave(subscriber)
+        subscriber.protocol.send_close(code, reason)
+        self._write(subscriber, subscriber.protocol.data_to_send())
+
+    def _leave(self, subscriber: Subscriber) -> None:
+        """Take a browser off the audience; it has CLOSE_TIMEOUT to hang up."""
+        if subscriber.deadline is None:
+            subscriber.deadline = self._now + CLOSE_TIMEOUT
+            self._leaving.append(subscriber)
+            self._strike_off(subscriber)
+
+    def _end_those_leaving(self) -> None:
+        """Reset the connections of those whose time to leave is over."""
+        while self._leaving:
+            subscriber = self._leaving[0]
+            if not subscriber.is_gone:
+                if (subscriber.deadline or 0) > self._now:
+                    return
+                self._abort(subscriber)
+            self._leaving.popleft()
+
+    def _lose(self, subscriber: Subscriber, error: OSError) -> None:
+        """Give up on a browser whose connection broke."""
+        if subscriber.deadline is None:
+            self._strike_off(subscriber)
+            self._log_gone(subscriber, f"connection lost, {error.strerror}")
+        self._abort(subscriber)
+
+    def _abort(self, subscriber: Subscriber) -> None:
+        """Reset a browser's connection: the kernel drops at once what nobody takes any more."""
+        with contextlib.suppress(OSError):
+            linger = struct.pack("ii", 1, 0)
+            subscriber.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self._remove(subscriber)
+
+    def _remove(self, subscriber: Subscriber) -> None:
+        if not subscriber.is_gone:
+            subscriber.is_gone = True
+            self._strike_off(subscriber)
+            self._selector.unregister(subscriber.sock)
+            subscriber.sock.close()
+
+    def _log_arrivals(self, arrivals: list[Subscriber]) -> None:
+        """Log who came, in one line: after a restart all come within a second."""
+        named = ", ".join([str(each.address) for each in arrivals[:LOGGED_ARRIVALS]])
+        more = len(arrivals) - LOGGED_ARRIVALS
+        if more > 0:
+            named += f" and {more} more"
+        log.info("browser connected: %s (%d connected)", named, len(self._audience))
+
+    def _log_gone(self, subscriber: Subscriber, why: str) -> None:
+        log.info(
+            "browser gone: %s %s (%d connected)", subscriber.address, why, len(self._audience)
+        )
+
+    def _strike_off(self, subscriber: Subscriber) -> None:
+        self._audience.pop(subscriber, None)
+        with self._lock:
+            self._registry.discard(subscriber)
+
+
+# --- 5. HTTP -----------------------------------------------------------------------------------
+
+# Heads are read as Latin-1: every byte is a character. A PBX may put a caller's name into the
+# request line as raw UTF-8.
+TOKEN_CHARS = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(rf"({TOKEN_CHARS}) ([!-~\x80-\xff]+) HTTP/1\.([0-9])")
+FIELD_LINES = re.compile(rf"(?:{TOKEN_CHARS}:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*")
+AUTHORITY = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
+HEAD_END = b"\r\n\r\n"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+FORM = "application/x-www-form-urlencoded"
+JSON = "application/json"
+
+
+class Request(NamedTuple):
+    """The head of a request (RFC 9112)."""
+
+    method: str
+    minor: int  # of HTTP/1.minor
+    path: str  # as sent, not percent-decoded
+    query: bytes
+    fields: Mapping[str, str]  # by lower-case name; repeated ones are joined by ", "
+    content_length: int  # bytes
+
+
+def bad_request(reason: str) -> RequestError:
+    """Return the 400 for a request that is not HTTP/1.1 as it should be."""
+    return RequestError(HTTPStatus.BAD_REQUEST, reason)
+
+
+def parse_head(head: bytes) -> Request:
+    """Return the request whose head this is, without the empty line that ends it.
+
+    Strict where two readers could see two requests: raises RequestError.
+    """
+    first, _, lines = head.decode("latin-1").partition("\r\n")
+    matched = REQUEST_LINE.fullmatch(first)
+    if matched is None:
+        raise bad_request("the request line is not METHOD TARGET HTTP/1.1")
+    method, target, minor = matched.groups()
+    fields = parse_fields(lines)
+    hosts = fields.get("host")
+    if (hosts is None and minor != "0") or (hosts is not None and "," in hosts):
+        raise bad_request("there must be one Host field")
+    if not target.startswith("/"):
+        target = AUTHORITY.sub("", target, 1)
+    path, _, query = target.partition("?")
+    length = content_length(fields)
+    return Request(method, int(minor), path, query.encode("latin-1"), fields, length)
+
+
+def parse_fields(lines: str) -> dict[str, str]:
+    """Return header fields by lower-case name."""
+    # Blanks before the colon, folded lines and NUL are how requests are smuggled.
+    if lines and not FIELD_LINES.fullmatch(lines + "\r\n"):
+        raise bad_request("a header field is not NAME: VALUE")
+    fields: dict[str, str] = {}
+    for count, line in enumerate(lines.split("\r\n") if lines else ()):
+        if count == MAX_FIELDS:
+            status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            raise RequestError(status, f"more than {MAX_FIELDS} header fields")
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return fields
+
+
+def content_length(fields: Mapping[str, str]) -> int:
+    """Return the size of the body in bytes (RFC 9112 section 6)."""
+    length = fields.get("content-length", "0")
+    if "transfer-encoding" in fields:
+        if "content-length" in fields:
+            raise bad_request("both Transfer-Encoding and Content-Length")
+        raise RequestError(
+            HTTPStatus.LENGTH_REQUIRED, "send the body with Content-Length, not in chunks"
+        )
+    if not re.fullmatch("[0-9]{1,15}", length):
+        raise bad_request(f"Content-Length: {quote(length)} is not a number")
+    if int(length) > MAX_BODY:
+        raise RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a body of over {MAX_BODY} bytes")
+    return int(length)
+
+
+def serialize_response(status: HTTPStatus, body: str, fields: Mapping[str, str]) -> bytes:
+    """Return a whole response with a text; the connection ends with it."""
+    content = body.encode()
+    head = {
+        "Date": http_date(int(time.time())),
+        "Connection": "close",
+        "Content-Type": "text/plain; charset=utf-8",
+        "Content-Length": str(len(content)),
+        "Cache-Control": "no-store",
+        "X-Content-Type-Options": "nosniff",
+        **fields,
+    }
+    return serialize_head(status, head) + content
+
+
+@lru_cache(maxsize=1)
+def http_date(second: int) -> str:
+    """Return a Date field's value."""
+    return email.utils.formatdate(second, usegmt=True)
+
+
+def serialize_head(status: HTTPStatus, fields: Mapping[str, str]) -> bytes:
+    """Return a response's status line and header fields."""
+    lines = [f"HTTP/1.1 {status.value} {status.phrase}"]
+    lines += [f"{name}: {value}" for name, value in fields.items()]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+def parse_body(request: Request, body: bytes) -> list[tuple[str, object]]:
+    """Return the (name, value) pairs of a trigger's body, in order."""
+    kind = request.fields.get("content-type", FORM).partition(";")[0].strip().lower()
+    if not body:
+        return []
+    if kind == JSON:
+        return parse_json(body)
+    if kind != FORM:
+        reason = f"the body must be {FORM} or {JSON}"
+        raise RequestError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, reason)
+    # Asterisk's CURL(url,x) has to post something: a body without any "=" says nothing.
+    return parse_form(body) if b"=" in body else []
+
+
+def parse_form(encoded: bytes) -> list[tuple[str, object]]:
+    """Return the pairs of a query string or a form body; what is not UTF-8 as surrogates."""
+    pairs: list[tuple[str, object]] = []
+    for piece in encoded.split(b"&"):
+        raw_name, _, raw_value = piece.partition(b"=")
+        if raw_name:
+            name = decode_form(raw_name.replace(b"+", b" "))
+            # Dialplans send +81312345678 as it is; a number never holds a blank.
+            blank = b"+" if name == "phone" else b" "
+            pairs.append((name, decode_form(raw_value.replace(b"+", blank))))
+    return pairs
+
+
+def decode_form(encoded: bytes) -> str:
+    """Return percent-encoded UTF-8 as text; other bytes become surrogates."""
+    return unquote_to_bytes(encoded).decode("utf-8", "surrogateescape")
+
+
+class JSONObject(list[tuple[str, object]]):
+    """The pairs of a JSON object as they stand there, repeated names too."""
+
+
+def parse_json(body: bytes) -> list[tuple[str, object]]:
+    """Return the pairs of a JSON object."""
+    try:
+        pairs = json.loads(body.decode("utf-8"), object_pairs_hook=JSONObject)
+    except (ValueError, RecursionError):
+        raise bad_request("the body is not JSON in UTF-8") from None
+    if not isinstance(pairs, JSONObject):
+        raise bad_request("the body is not a JSON object")
+    return pairs
+
+
+def check_parameters(pairs: Iterable[tuple[str, object]]) -> dict[str, str]:
+    """Return a trigger's parameters as the browser gets them, without the token; or a 400.
+
+    A parameter given twice is refused: that is how a caller ID looks that brought its own.
+    """
+    given: dict[str, str] = {}
+    for name, value in pairs:
+        if name in given:
+            raise bad_request(f"{quote(name)} is given twice")
+        given[name] = check_value(name, value)
+    if len(given) > MAX_PARAMETERS:
+        raise bad_request(f"more than {MAX_PARAMETERS} parameters")
+    if not given.get("phone"):
+        raise bad_request("phone is missing or empty; a withheld number is phone=anonymous")
+    given.pop("token", None)
+    return {"phone": given.pop("phone"), "exten": given.pop("exten", "") or "all", **given}
+
+
+def check_value(name: str, value: object) -> str:
+    """Return the text of one parameter."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise bad_request(f"{quote(name)} is not a text")
+    if len(name) > MAX_NAME:
+        raise bad_request(f"the name {quote(name)} has over {MAX_NAME} characters")
+    if len(value) > MAX_VALUE:
+        raise bad_request(f"{quote(name)} has over {MAX_VALUE} characters")
+    try:
+        (name + value).encode("utf-8")
+    except UnicodeEncodeError:
+        raise bad_request(f"{quote(name)} is not UTF-8") from None
+    return value
+
+
+class Connection:
+    """A peer whose request is arriving. Belongs to the accepting thread."""
+
+    def __init__(self, sock: socket.socket, address: IPAddress) -> None:
+        self.sock = sock  # non-blocking
+        self.address = address
+        self.received = bytearray()
+        self.request: Request | None = None  # known once its head is here
+        self.route: Route | None = None  # known once it may ask for it
+        self.head_size = 0  # bytes, with the empty line
+        self.awaits_continue = False  # its body comes when we ask for it
+        self.room: Room | None = None  # where it waits
+        self.deadline = 0.0  # until when, monotonic seconds
+
+    @property
+    def is_complete(self) -> bool:
+        """Tell whether the request is here to its last byte."""
+        return self.request is not None and len(self.rest) >= self.request.content_length
+
+    @property
+    def rest(self) -> bytes:
+        """What came behind the head: the body, or first frames."""
+        return bytes(self.received[self.head_size :])
+
+    def feed(self, data: bytes) -> None:
+        """Take in bytes; raises RequestError as soon as they can't become a request."""
+        seen = max(len(self.received) - len(HEAD_END), 0)
+        self.received += data
+        if self.request is not None:
+            return
+        end = self.received.find(HEAD_END, seen)
+        size = len(self.received) if end < 0 else end
+        if self.received.count(b"\n", 0, size) != self.received.count(b"\r\n", 0, size):
+            raise bad_request("lines must end with CR LF")
+        if size > MAX_HEAD:
+            raise RequestError(
+                HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"a head of over {MAX_HEAD} bytes"
+            )
+        if end >= 0:
+            self.request = parse_head(bytes(self.received[:end]))
+            self.head_size = end + len(HEAD_END)
+            self.awaits_continue = self.request.fields.get("expect") == "100-continue"
+
+
+class Room(collections.OrderedDict[Connection, None]):
+    """Connections that wait, the longest waiting first: at most `size`, `timeout` seconds each."""
+
+    def __init__(self, size: int, timeout: float) -> None:
+        super().__init__()
+        self.size = size
+        self.timeout = timeout
+
+
+class Rooms(NamedTuple):
+    """Where connections wait for the rest of their request, by what their address may do.
+
+    Each kind fills its own room alone. The longest waiting goes when it is full: whoever is
+    quick never waits long enough to be that one.
+    """
+
+    trigger: Room
+    browser: Room
+    nobody: Room
+    draining: Room  # refused ones that may still be sending
+
+
+class RefusalLog:
+    """Logs who was refused why. What repeats is summed up: a scan must not fill the disk."""
+
+    def __init__(self) -> None:
+        self._counts: collections.Counter[tuple[str, int]] = collections.Counter()
+        self.deadline: float | None = None  # when to report, monotonic seconds
+
+    def add(self, address: IPAddress, error: RequestError) -> None:
+        """Log a refusal, or count it when its like were logged just before."""
+        if self.deadline is None:
+            self.deadline = time.monotonic() + REPORT_PERIOD
+        key = (str(address), error.status.value)
+        self._counts[key] += 1
+        if self._counts[key] <= REPORT_LINES:
+            log.warning("refused: %s %d %s", *key, error)
+        if len(self._counts) >= REPORT_KEYS:
+            self.report()
+
+    def report(self) -> None:
+        """Log what was only counted, and begin anew."""
+        for (address, status), count in self._counts.items():
+            if count > REPORT_LINES:
+                log.warning("refused: %s %d, %d times more", address, status, count - REPORT_LINES)
+        self._counts.clear()
+        self.deadline = None
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Accepts connections, gathers their requests and has them answered, in one thread.
+
+    The accepting thread never blocks: a request is answered from memory as soon as it is whole,
+    and whoever is slow waits in a room of bounded size until a deadline.
+    """
+
+    daemon_threads = True
+    block_on_close = False  # else ThreadingMixIn remembers every thread for ever
+    request_queue_size = LISTEN_QUEUE
+
+    def __init__(self, config: Config, hub: Hub, rooms: Rooms) -> None:
+        self.config = config
+        self.hub = hub
+        self.refusals = RefusalLog()
+        self._rooms = rooms
+        self._waker = Waker()
+        self._is_stopping = False
+        self._accept_again: float | None = None  # when accepting is paused: until then
+        self._selector = selectors.DefaultSelector()
+        host = "::" if config.listen is None and socket.has_dualstack_ipv6() else "0.0.0.0"
+        if config.listen is not None:
+            host = str(config.listen)
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, config.port), RequestHandler)
+        self.socket.setblocking(False)
+        # Accepted sockets inherit it: a frame must not wait for the last one's acknowledgement.
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._waker, selectors.EVENT_READ, self._waker.drain)
+
+    def server_bind(self) -> None:
+        """Bind without HTTPServer's look-up of the host's name: name servers can be away."""
+        if self.address_family == socket.AF_INET6:
+            is_one = self.config.listen is not None
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, is_one)
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.config.port
+
+    def serve_forever(self, poll_interval: float = 0) -> None:
+        """Accept and answer until stop(). Nothing is polled: `poll_interval` is the parent's."""
+        while not self._is_stopping:
+            ready = self._selector.select(0)
+            if not ready:
+                self.hub.welcome()
+                ready = self._selector.select(self._until_deadline())
+            for key, _ in ready:
+                key.data()
+            self._expire()
+
+    def stop(self) -> None:
+        """Let serve_forever return. Any thread, and signal handlers."""
+        self._is_stopping = True
+        self._waker.wake()
+
+    def _until_deadline(self) -> float | None:
+        """Return the seconds until something is due."""
+        due = [next(iter(room)).deadline for room in self._rooms if room]
+        due += [at for at in (self._accept_again, self.refusals.deadline) if at is not None]
+        return max(min(due) - time.monotonic(), 0) if due else None
+
+    def _expire(self) -> None:
+        """Do what is due: end those who were too slow, accept again after a pause, report."""
+        now = time.monotonic()
+        if self.refusals.deadline is not None and self.refusals.deadline <= now:
+            self.refusals.report()
+        for room in self._rooms:
+            while room and next(iter(room)).deadline <= now:
+                self._time_out(next(iter(room)))
+        if self._accept_again is not None and self._accept_again <= now:
+            self._accept_again = None
+            self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
+
+    def _time_out(self, connection: Connection) -> None:
+        """Tell a peer that was too slow; one that sent nothing is a probe and no news."""
+        if connection.room is self._rooms.draining or not connection.received:
+            self._hang_up(connection)
+        else:
+            reason = f"the request did not arrive within {REQUEST_TIMEOUT:.0f} s"
+            self._refuse(connection, RequestError(HTTPStatus.REQUEST_TIMEOUT, reason))
+
+    def _accept(self) -> None:
+        """Accept those who knock and read what they say."""
+        for _ in range(ACCEPT_BATCH):
+            try:
+                sock, peer = self.socket.accept()
+            except WOULD_BLOCK:
+                return
+            except ConnectionError:
+                continue  # it left before it was let in
+            except OSError as error:
+                self._pause(error)
+                return
+            sock.setblocking(False)
+            self._read(Connection(sock, peer_address(peer[0])))
+
+    def _pause(self, error: OSError) -> None:
+        """Accept nobody for a moment: the listener stays ready, and would keep us spinning."""
+        log.error("cannot accept connections: %s", error.strerror)
+        self._selector.unregister(self.socket)
+        self._accept_again = time.monotonic() + ACCEPT_PAUSE
+
+    def _read(self, connection: Connection) -> None:
+        """Read what is there; answer a whole request, wait for the rest of another."""
+        try:
+            data = connection.sock.recv(READ_SIZE)
+        except WOULD_BLOCK:
+            self._wait(connection)
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._hang_up(connection)  # without a whole request: a probe, or it gave up
+        elif connection.room is not self._rooms.draining:
+            try:
+                connection.feed(data)
+                self._advance(connection)
+            except RequestError as error:
+                self._refuse(connection, error)
+
+    def _advance(self, connection: Connection) -> None:
+        """Answer a request that is whole; refuse early what will be refused anyway."""
+        request = connection.request
+        if request is not None:
+            connection.route = self._find_route(request, connection.address)
+            if connection.is_complete:
+                self._leave_room(connection)
+                self._answer(connection)
+                return
+            if connection.awaits_continue:
+                connection.awaits_continue = False
+                self._send(connection, CONTINUE)
+        self._wait(connection)
+
+    def _wait(self, connection: Connection) -> None:
+        """Let a connection wait for more bytes, in the room for its kind."""
+        if connection.room is None:
+            address = connection.address
+            if self.config.trigger_allow.allows(address):
+                room = self._rooms.trigger
+            elif self.config.crmws_allow.allows(address):
+                room = self._rooms.browser
+            else:
+                room = self._rooms.nobody
+            self._enter_room(connection, room)
+
+    def _enter_room(self, connection: Connection, room: Room) -> None:
+        if len(room) >= room.size:
+            self._hang_up(next(iter(room)))
+        connection.room = room
+        connection.deadline = time.monotonic() + room.timeout
+        room[connection] = None
+        read = partial(self._read, connection)
+        self._selector.register(connection.sock, selectors.EVENT_READ, read)
+
+    def _leave_room(self, connection: Connection) -> None:
+        if connection.room is not None:
+            self._selector.unregister(connection.sock)
+            del connection.room[connection]
+            connection.room = None
+
+    def _find_route(self, request: Request, address: IPAddress) -> Route:
+        """Return what a request asks for, if this address may: 404, then 405, then 403."""
+        route = ROUTES.get(request.path)
+        if route is None:
+            known = " and ".join(ROUTES)
+            reason = f"{quote(request.path)} is not here; {known} are"
+            raise RequestError(HTTPStatus.NOT_FOUND, reason)
+        if request.method != route.method:
+            reason = f"{request.path} takes {route.method} only"
+            raise RequestError(HTTPStatus.METHOD_NOT_ALLOWED, reason, Allow=route.method)
+        if not getattr(self.config, route.access_list.lower()).allows(address):
+            reason = f"{address} is not in {route.access_list}"
+            raise RequestError(HTTPStatus.FORBIDDEN, reason)
+        return route
+
+    def _answer(self, connection: Connection) -> None:
+        """Have a whole request answered."""
+        try:
+            # The parent would hand over the bare socket.
+            RequestHandler(connection, connection.address, self)  # type: ignore[arg-type]
+        except RequestError as error:
+            self._refuse(connection, error)
+        except Exception:
+            log.exception("a request from %s met a bug", connection.address)
+            reason = "popup-notifier's log says more"
+            self._refuse(connection, RequestError(HTTPStatus.INTERNAL_SERVER_ERROR, reason))
+
+    def _refuse(self, connection: Connection, error: RequestError) -> None:
+        """Answer with an error; a peer that is still sending gets time to read it."""
+        self.refusals.add(connection.address, error)
+        text = f"{error.status.phrase}: {error}\n"
+        self._send(connection, serialize_response(error.status, text, error.fields))
+        self._leave_room(connection)
+        if connection.is_complete:
+            self._hang_up(connection)
+            return
+        # Closing with bytes unread would reset the connection, and the answer be lost.
+        with contextlib.suppress(OSError):
+            connection.sock.shutdown(socket.SHUT_WR)
+        self._enter_room(connection, self._rooms.draining)
+
+    def respond(self, connection: Connection, text: str) -> None:
+        """Answer a whole request with 200 and hang up."""
+        self._send(connection, serialize_response(HTTPStatus.OK, text, {}))
+        self._hang_up(connection)
+
+    def _send(self, connection: Connection, data: bytes) -> None:
+        """Send what fits any socket's buffer to a peer that may be gone."""
+        with contextlib.suppress(OSError):
+            connection.sock.send(data)
+
+    def _hang_up(self, connection: Connection) -> None:
+        self._leave_room(connection)
+        connection.sock.close()
+
+
+class Route(NamedTuple):
+    """Who may ask for a path how, and what answers."""
+
+    method: str
+    access_list: str  # the key of the configuration
+    handler: Callable[[RequestHandler], None]
+
+
+class RequestHandler(socketserver.BaseRequestHandler):
+    """Answers one whole request; raises RequestError for those it refuses."""
+
+    request: Connection
+    server: Server
+
+    def handle(self) -> None:
+        """Do what the request asks for."""
+        assert self.request.request is not None and self.request.route is not None
+        self.head = self.request.request
+        self.request.route.handler(self)
+
+    def handle_trigger(self) -> None:
+        """Take a call from the PBX: POST /api/trigger."""
+        pairs = parse_form(self.head.query)
+        try:
+            pairs += parse_body(self.head, self.request.rest[: self.head.content_length])
+        except RequestError:
+            self.check_token(pairs)
+            raise
+        self.check_token(pairs)
+        self.server.hub.broadcast(check_parameters(pairs), str(self.client_address))
+        self.server.respond(self.request, "OK")
+
+    def check_token(self, pairs: Iterable[tuple[str, object]]) -> None:
+        """Refuse a trigger without the right token, in constant time."""
+        given = [str(value) for name, value in pairs if name == "token"]
+        scheme, _, bearer = self.head.fields.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            given.append(bearer.strip())
+        token = self.server.config.secret_token.encode()
+        if not any(hmac.compare_digest(each.encode("utf-8", "replace"), token) for each in given):
+            reason = "token is not SECRET_TOKEN" if given else "token is missing"
+            raise RequestError(HTTPStatus.UNAUTHORIZED, reason, WWW_Authenticate="Bearer")
+
+    def handle_upgrade(self) -> None:
+        """Hand a browser over to the Hub: GET /crmws."""
+        if self.head.minor == 0:
+            raise upgrade_required("WebSocket needs HTTP/1.1, also from a proxy on the way")
+        accept = check_handshake(self.head.fields)
+        if self.head.content_length:
+            raise bad_request("a handshake has no body")
+        greeting = serialize_head(
+            HTTPStatus.SWITCHING_PROTOCOLS,
+            {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": accept},
+        )
+        connection = self.request
+        subscriber = Subscriber(connection.sock, connection.address, connection.rest)
+        if not self.server.hub.subscribe(subscriber, greeting):
+            reason = f"{self.server.hub.max_browsers} browsers are connected, no more may be"
+            raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, reason, Retry_After="30")
+
+
+ROUTES = {
+    "/api/trigger": Route("POST", "TRIGGER_ALLOW", RequestHandler.handle_trigger),
+    "/crmws": Route("GET", "CRMWS_ALLOW", RequestHandler.handle_upgrade),
+}
+
+
+# --- 9. Command line ---------------------------------------------------------------------------
+
+BASE_FILES = 16  # descriptors for ourselves: listener, selectors, wakers, log, a file read
+JOURNAL_PRIORITIES = {
+    logging.DEBUG: 7,
+    logging.INFO: 6,
+    logging.WARNING: 4,
+    logging.ERROR: 3,
+    logging.CRITICAL: 2,
+}
+
+
+class JournalFormatter(logging.Formatter):
+    """Begins every line with its priority as in sd-daemon(3); the journal knows the time."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record's lines, a traceback's too."""
+        prefix = f"<{JOURNAL_PRIORITIES.get(record.levelno, 5)}>"
+        return "\n".join(prefix + line for line in super().format(record).splitlines())
+
+
+class TimeFormatter(logging.Formatter):
+    """Begins every record with the time and its level."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return a record's first line."""
+        second = local_time(int(record.created))
+        return f"{second}.{int(record.msecs):03d} {record.levelname} {record.message}"
+
+
+@lru_cache(maxsize=1)
+def local_time(second: int) -> str:
+    """Return a time for the log."""
+    return time.strftime("%F %T", time.localtime(second))
+
+
+def set_up_log() -> None:
+    """Log to standard error: with the time for a terminal or a file, for the journal without."""
+    handler = logging.StreamHandler()
+    is_for_journal = is_journal(handler.stream.fileno())
+    handler.setFormatter(JournalFormatter() if is_for_journal else TimeFormatter())
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    # What the lines do not show need not be found out: halves the cost of a line.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None  # as the logging manual has it
+
+
+def is_journal(descriptor: int) -> bool:
+    """Tell whether systemd connected this descriptor to its journal (systemd.exec(5))."""
+    status = os.fstat(descriptor)
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def share_files(max_browsers: int) -> tuple[int, Rooms]:
+    """Raise the limit of open files; return how many browsers it allows, and the waiting rooms.
+
+    Rooms get at most a quarter, so that neither browsers nor slow peers can leave a trigger
+    without a descriptor.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    free = limit - BASE_FILES
+    share = min(free / 4 / sum(ROOM_SIZES), 1)
+    sizes = [max(int(size * share), 1) for size in ROOM_SIZES]
+    timeouts = (REQUEST_TIMEOUT, REQUEST_TIMEOUT, REQUEST_TIMEOUT, DRAIN_TIMEOUT)
+    allowed = max(free - sum(sizes), 1)
+    if allowed < max_browsers:
+        log.warning(
+            "MAX_BROWSERS is %d, but the limit of %d open files allows %d: raise LimitNOFILE",
+            max_browsers,
+            limit,
+            allowed,
+        )
+    return min(max_browsers, allowed), Rooms(*map(Room, sizes, timeouts))
+
+
+def parse_args(args: list[str] | None) -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(
+        prog="popup-notifier",
+        description="Shows who is calling in every agent's browser, as the phone rings.",
+    )
+    parser.add_argument(
+        "--config",
+        "-config",
+        type=Path,
+        default=Path(DEFAULT_CONFIG),
+        metavar="FILE",
+        help="the configuration (default: %(default)s)",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
+    return parser.parse_args(args)
+
+
+def listen(config: Config, hub: Hub, rooms: Rooms) -> Server:
+    """Return a server that listens; raises ConfigError with what to do about it."""
+    try:
+        return Server(config, hub, rooms)
+    except OSError as error:
+        where = f"{config.listen or 'every address'}, port {config.port}"
+        hint = ""
+        if error.errno == errno.EADDRINUSE:
+            hint = f"; 'ss -ltnp sport = :{config.port}' shows by whom"
+        elif error.errno == errno.EACCES:
+            hint = "; ports below 1024 need CAP_NET_BIND_SERVICE"
+        raise ConfigError(f"cannot listen on {where}: {error.strerror}{hint}") from None
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the daemon until SIGTERM or SIGINT; return the exit status."""
+    options = parse_args(args)
+    set_up_log()
+    try:
+        config, warnings = load_config(options.config)
+        for warning in warnings:
+            log.warning("%s", warning)
+        max_browsers, rooms = share_files(config.max_browsers)
+        hub = Hub(config.ping_interval, max_browsers)
+        server = listen(config, hub, rooms)
+    except ConfigError as error:
+        for line in error.lines:
+            log.error("%s", line)
+        return 1
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: server.stop())
+    hub.start(on_failure=server.stop)
+    log.info(
+        "popup-notifier %s listens on %s, port %d: triggers from %s, browsers from %s",
+        VERSION,
+        config.listen or "every address",
+        config.port,
+        config.trigger_allow,
+        config.crmws_allow,
+    )
+    server.serve_forever()
+    server.server_close()
+    hub.close()
+    log.info("popup-notifier stopped")
+    return 1 if hub.has_failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1864 @@
+#!/usr/bin/env python3
+"""Tests of popup-notifier; run them with `python3 test_popup_notifier.py`.
+
+The sections mirror the daemon's. The protocol is tested by bytes, all else from outside: the real
+process, real sockets, real browsers. What needs a program that is not installed is skipped, and
+says which; with POPUP_TEST_REQUIRE=1 it fails instead.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import contextlib
+import itertools
+import json
+import os
+import queue
+import random
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from collections.abc import Iterable, Iterator
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, Callable
+from urllib.parse import quote
+
+import popup_notifier
+from popup_notifier import (
+    CloseCode,
+    ConfigError,
+    HandshakeError,
+    Opcode,
+    ProtocolError,
+    RequestError,
+    WebSocketProtocol,
+    check_handshake,
+    parse_config,
+    parse_head,
+    parse_network,
+    serialize_frame,
+)
+
+HERE = Path(__file__).resolve().parent
+PROGRAM = HERE / "popup_notifier.py"
+TIMEOUT = 20.0  # seconds for anything that must happen; reached only when it does not
+TOKEN = "a-token-that-no-log-may-show"
+CONFIG = {
+    "SECRET_TOKEN": TOKEN,
+    "TRIGGER_ALLOW": "127.0.0.1",
+    "CRMWS_ALLOW": "127.0.0.0/24",
+}
+
+
+# --- Tools -------------------------------------------------------------------------------------
+
+
+def needs(*programs: str) -> Callable[[Any], Any]:
+    """Skip a test, aloud, where a program is missing; fail it where all must be installed."""
+    missing = [name for name in programs if shutil.which(name) is None]
+    if os.environ.get("POPUP_TEST_REQUIRE"):
+        return lambda test: test
+    return unittest.skipIf(missing, f"install {' and '.join(missing)} to run this")
+
+
+def needs_root(test: Any) -> Any:
+    """Skip a test that makes network namespaces where that is not allowed."""
+    if os.environ.get("POPUP_TEST_REQUIRE"):
+        return test
+    return unittest.skipIf(os.geteuid() != 0, "run it as root: it makes network namespaces")(test)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Daemon:
+    """The real process on a port of its own, and every line that it logs."""
+
+    def __init__(
+        self,
+        *,
+        text: str | None = None,
+        command: Iterable[str] = (),
+        environ: dict[str, str] | None = None,
+        **keys: object,
+    ) -> None:
+        self.port = free_port()
+        self.folder = tempfile.TemporaryDirectory()
+        self.config = Path(self.folder.name, "popup-notifier.conf")
+        self.write_config(**keys) if text is None else self.config.write_text(text)
+        self.lines: list[str] = []
+        self._news = threading.Condition()
+        self.process = subprocess.Popen(
+            [*command, sys.executable, str(PROGRAM), "--config", str(self.config)],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(environ or {})},
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def write_config(self, **keys: object) -> None:
+        """Write the configuration file anew."""
+        values = {"PORT": self.port, **CONFIG, **keys}
+        self.config.write_text("".join(f"{key}={value}\n" for key, value in values.items()))
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._news:
+                self.lines.append(line.rstrip("\n"))
+                self._news.notify_all()
+
+    def __enter__(self) -> Daemon:
+        self.wait_for_log("listens on")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self.process.poll() is None:
+                self.process.send_signal(signal.SIGCONT)
+                self.stop()
+        finally:
+            self.process.kill()
+            self.process.wait()
+            self._reader.join()
+            assert self.process.stderr is not None
+            self.process.stderr.close()
+            self.folder.cleanup()
+        log = "\n".join(self.lines)
+        assert "Traceback" not in log, log
+        assert TOKEN not in log, log
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """End the daemon; return its exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(TIMEOUT)
+
+    def wait_for_log(self, pattern: str, count: int = 1) -> list[str]:
+        """Return the lines that hold the pattern once there are `count` of them."""
+        deadline = time.monotonic() + TIMEOUT
+
+        def found() -> list[str]:
+            return [line for line in self.lines if re.search(pattern, line)]
+
+        with self._news:
+            while len(found()) < count:
+                if self.process.poll() is not None and not self._reader.is_alive():
+                    raise AssertionError(f"the daemon ended: {self.lines}")
+                if time.monotonic() > deadline:
+                    raise AssertionError(f"{count} times {pattern!r} not in {self.lines[-20:]}")
+                self._news.wait(0.2)
+            return found()
+
+    def connect(
+        self, host: str = "127.0.0.1", source: str = "", receive_buffer: int = 0
+    ) -> socket.socket:
+        """Return a connection to the daemon."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        sock = socket.socket(family)
+        sock.settimeout(TIMEOUT)
+        if receive_buffer:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+            # Segments on loopback are huge, and hide that a peer does not read.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
+        if source:
+            sock.bind((source, 0))
+        try:
+            sock.connect((host, self.port))
+        except OSError:
+            sock.close()
+            raise
+        return sock
+
+    def exchange(self, request: bytes, **options: Any) -> bytes:
+        """Send bytes and return all that comes back until the daemon hangs up."""
+        with self.connect(**options) as sock:
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(request)
+            return receive_all(sock)
+
+    def trigger(self, query: str = "", phone: str = "0312345678", token: str = TOKEN) -> int:
+        """Trigger a call; return the status."""
+        target = f"/api/trigger?phone={phone}&token={token}{query}"
+        answer = self.exchange(f"POST {target} HTTP/1.1\r\nHost: pbx\r\n\r\n".encode())
+        return status_of(answer)
+
+    def browser(self, query: str = "", **options: Any) -> Browser:
+        """Return a connected browser."""
+        return Browser(self.connect(**options), "/crmws" + query)
+
+    def connected(self) -> int:
+        """Return how many browsers the last line about browsers counts."""
+        counts = [re.search(r"\((\d+) connected\)", line) for line in self.lines]
+        return int([match[1] for match in counts if match][-1])
+
+
+def receive_all(sock: socket.socket) -> bytes:
+    """Return what arrives until the other side hangs up."""
+    parts = []
+    with contextlib.suppress(ConnectionError):
+        while True:
+            part = sock.recv(65536)
+            if not part:
+                break
+            parts.append(part)
+    return b"".join(parts)
+
+
+def status_of(answer: bytes) -> int:
+    """Return a response's status; 0 when there is none."""
+    return int(answer.split()[1]) if answer.startswith(b"HTTP/1.1 ") else 0
+
+
+KEY = base64.b64encode(b"0123456789abcdef").decode()
+HANDSHAKE = (
+    "GET {target} HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    f"Sec-WebSocket-Key: {KEY}\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+
+
+def handshake(target: str = "/crmws", host: str = "pbx") -> bytes:
+    """Return the bytes of an opening handshake."""
+    return HANDSHAKE.format(target=target, host=host).encode()
+
+
+def masked(
+    opcode: int, payload: bytes = b"", fin: bool = True, key: bytes = b"\x01\x02\x03\x04"
+) -> bytes:
+    """Return a frame as a browser sends it."""
+    size = len(payload)
+    head = bytes([(0x80 if fin else 0) | opcode])
+    if size < 126:
+        head += bytes([0x80 | size])
+    elif size < 65536:
+        head += bytes([0x80 | 126]) + struct.pack("!H", size)
+    else:
+        head += bytes([0x80 | 127]) + struct.pack("!Q", size)
+    return head + key + popup_notifier.apply_mask(payload, key)
+
+
+class Browser:
+    """A browser as the wire sees it."""
+
+    def __init__(self, sock: socket.socket, target: str = "/crmws", host: str = "pbx") -> None:
+        self.sock = sock
+        self.buffer = b""
+        sock.sendall(handshake(target, host))
+        while b"\r\n\r\n" not in self.buffer:
+            self._more()
+        head, self.buffer = self.buffer.split(b"\r\n\r\n", 1)
+        self.head = head.decode()
+        assert self.head.startswith("HTTP/1.1 101 "), self.head
+
+    def _more(self) -> None:
+        data = self.sock.recv(65536)
+        if not data:
+            raise EOFError
+        self.buffer += data
+
+    def __enter__(self) -> Browser:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+    def frame(self) -> tuple[int, bytes]:
+        """Return the next frame's opcode and payload; EOFError when there is none."""
+        while True:
+            if len(self.buffer) >= 2:
+                size = self.buffer[1]
+                head = 2
+                if size >= 126:
+                    head = 4 if size == 126 else 10
+                    size = int.from_bytes(self.buffer[2:head], "big")
+                if len(self.buffer) >= max(head + size, head):
+                    first, payload = self.buffer[0], self.buffer[head : head + size]
+                    assert first & 0xF0 == 0x80, hex(first)
+                    self.buffer = self.buffer[head + size :]
+                    return first & 0x0F, payload
+            self._more()
+
+    def message(self) -> dict[str, Any]:
+        """Return the next text message, answering pings."""
+        while True:
+            opcode, payload = self.frame()
+            if opcode == Opcode.PING:
+                self.send(Opcode.PONG, payload)
+            elif opcode == Opcode.TEXT:
+                return dict(json.loads(payload))
+            else:
+                raise AssertionError(f"frame {opcode}: {payload!r}")
+
+    def phones(self, count: int) -> list[str]:
+        """Return the numbers of the next calls."""
+        return [self.message()["phone"] for _ in range(count)]
+
+    def send(self, opcode: int, payload: bytes = b"", fin: bool = True) -> None:
+        """Send a frame."""
+        self.sock.sendall(masked(opcode, payload, fin))
+
+    def closed_with(self) -> tuple[int, str]:
+        """Return the code and reason of the Close that comes; the connection must end then."""
+        while True:
+            opcode, payload = self.frame()
+            if opcode == Opcode.CLOSE:
+                break
+        self.send(Opcode.CLOSE, payload[:2])
+        assert receive_all(self.sock) == b"", "something behind Close"
+        return int.from_bytes(payload[:2], "big"), payload[2:].decode()
+
+
+# --- 1. Configuration --------------------------------------------------------------------------
+
+SEED_CONFIG = """\
+# listenするポート番号。デフォルトは8080。
+PORT=8989
+
+# triggerを使用する際のtoken
+SECRET_TOKEN=mytoken
+
+#ACL設定。デフォルト挙動は全てdenyなので注意。
+#ACLを設定しないとどこからも接続できない。
+
+# /api/trigger の許可リスト
+# 複数のIP/CIDRをカンマ区切りで
+# 例:ローカルホストのみ許可
+TRIGGER_ALLOW=127.0.0.1
+
+# /crmws (WebSocket) の許可リスト
+# 例: ローカルホストと社内LAN全体を許可
+CRMWS_ALLOW=127.0.0.1,192.168.0.0/16
+"""
+
+# (what stands in the file, what the error must say)
+CONFIG_MISTAKES = [
+    ("", "SECRET_TOKEN is missing"),
+    ("SECRET_TOKEN=", "SECRET_TOKEN: must be"),
+    ("SECRET_TOKEN=to ken", "SECRET_TOKEN: must be"),
+    ("SECRET_TOKEN=日本", "SECRET_TOKEN: must be"),
+    ("SECRET_TOKEN", '"SECRET_TOKEN" begins a line that is not KEY=value'),
+    ("PORT=80a", 'f:2: PORT: "80a" is not a whole number from 1 to 65535'),
+    ("PORT=0", 'PORT: "0" is not'),
+    ("PORT=65536", 'PORT: "65536" is not'),
+    ("PORT=８９８９", 'PORT: "８９８９" is not'),
+    ("HTTP_PORT=", 'HTTP_PORT: "" is not'),
+    ("LISTEN=localhost", 'LISTEN: "localhost" is not an IP address'),
+    ("TRIGGER_ALLOW=10.0.0.300", 'TRIGGER_ALLOW: "10.0.0.300" holds "10.0.0.300", no IP'),
+    ("TRIGGER_ALLOW=192.168.1.5/24", "write 192.168.1.0/24 for the network or 192.168.1.5"),
+    ("TRIGGER_ALLOW=127.0.0.1;10.0.0.1", "no IP address or CIDR network"),
+    ("CRMWS_ALLOW=::ffff:10.0.0.0/104", "write it as 10.0.0.0/8"),
+    ("CRMWS_ALLOW=::ffff:10.0.0.7", "write it as 10.0.0.7/32"),
+    ("PING_INTERVAL=0", 'PING_INTERVAL: "0" is not'),
+    ("PING_INTERVAL=2.5", 'PING_INTERVAL: "2.5" is not'),
+    ("MAX_BROWSERS=-1", 'MAX_BROWSERS: "-1" is not'),
+    ("MAX_BROWSERS=many\x07", r'MAX_BROWSERS: "many\x07" is not'),
+]
+
+
+class TestConfig(unittest.TestCase):
+    """The configuration file."""
+
+    def parse(self, text: str | bytes) -> tuple[popup_notifier.Config, list[str]]:
+        return parse_config(text.encode() if isinstance(text, str) else text, "f")
+
+    def test_seed_configuration(self) -> None:
+        config, warnings = self.parse(SEED_CONFIG)
+        self.assertEqual((config.port, config.secret_token), (8989, "mytoken"))
+        self.assertEqual(str(config.trigger_allow), "127.0.0.1/32")
+        self.assertEqual(str(config.crmws_allow), "127.0.0.1/32, 192.168.0.0/16")
+        self.assertEqual(warnings, [])
+
+    def test_defaults(self) -> None:
+        config, _ = self.parse("SECRET_TOKEN=t")
+        self.assertEqual((config.port, config.listen), (8080, None))
+        self.assertEqual((config.ping_interval, config.max_browsers), (25, 10000))
+        self.assertFalse(config.trigger_allow.allows(ip_address("127.0.0.1")))
+        self.assertFalse(config.crmws_allow.allows(ip_address("::1")))
+
+    def test_encodings_and_line_ends(self) -> None:
+        for label, data in [
+            ("BOM", b"\xef\xbb\xbfPORT=81\nSECRET_TOKEN=t\n"),
+            ("CR LF", b"PORT=81\r\nSECRET_TOKEN=t\r\n"),
+            ("no line end", b"SECRET_TOKEN=t\nPORT=81"),
+            ("blanks", b"  PORT = 81 \n\tSECRET_TOKEN=t\n"),
+            ("Shift_JIS comment", "# 設定\nPORT=81\nSECRET_TOKEN=t".encode("shift_jis")),
+            ("EUC-JP comment", "# 設定\nPORT=81\nSECRET_TOKEN=t".encode("euc_jp")),
+            ("alias", b"HTTP_PORT=81\nSECRET_TOKEN=t"),
+        ]:
+            with self.subTest(label):
+                config, warnings = self.parse(data)
+                self.assertEqual((config.port, config.secret_token, warnings), (81, "t", []))
+
+    def test_token_keeps_signs(self) -> None:
+        self.assertEqual(self.parse("SECRET_TOKEN=a=b#c")[0].secret_token, "a=b#c")
+
+    def test_mistakes_name_line_key_and_value(self) -> None:
+        for text, expected in CONFIG_MISTAKES:
+            with self.subTest(text), self.assertRaises(ConfigError) as caught:
+                self.parse("# f\n" + text)
+            self.assertIn(expected, "\n".join(caught.exception.lines))
+
+    def test_all_mistakes_at_once(self) -> None:
+        with self.assertRaises(ConfigError) as caught:
+            self.parse("PORT=x\nLISTEN=y\n")
+        self.assertEqual(len(caught.exception.lines), 3)
+
+    def test_secret_is_never_shown(self) -> None:
+        for text in (
+            "SECRET_TOKEN=geheim geheim",
+            "SECRET_TOKEN geheim",
+            b"SECRET_TOKEN=geheim\xff",
+        ):
+            with self.subTest(text), self.assertRaises(ConfigError) as caught:
+                self.parse(text)
+            self.assertNotIn("geheim", str(caught.exception))
+
+    def test_oddities_are_warned_of(self) -> None:
+        _, warnings = self.parse("SECRET_TOKEN=t\nPORT=1\nPROT=2\nHTTP_PORT=3\nwhat=4")
+        self.assertEqual(
+            warnings,
+            [
+                'f:3: "PROT" is not a key and is ignored; did you mean PORT?',
+                "f:4: HTTP_PORT is given again; line 2 does not count",
+                'f:5: "what" is not a key and is ignored',
+            ],
+        )
+
+
+# --- 2. Access lists ---------------------------------------------------------------------------
+
+# (list, peer, allowed)
+ACCESS = [
+    ("", "127.0.0.1", False),
+    (" , ", "127.0.0.1", False),
+    ("127.0.0.1", "127.0.0.1", True),
+    ("127.0.0.1", "127.0.0.2", False),
+    ("127.0.0.1", "::1", True),
+    ("127.0.0.1", "::ffff:127.0.0.1", True),
+    ("127.0.0.1", "::2", False),
+    ("::1", "::1", True),
+    ("::1", "127.0.0.1", False),
+    ("127.0.0.0/8", "::1", True),
+    ("10.0.0.0/8", "::ffff:10.1.2.3", True),
+    ("10.0.0.0/8", "11.0.0.1", False),
+    ("192.168.0.0/16, 10.1.1.1", "10.1.1.1", True),
+    ("192.168.0.0/16,10.1.1.1", "192.168.255.255", True),
+    ("192.168.0.0/16,10.1.1.1", "192.169.0.0", False),
+    ("0.0.0.0/0", "203.0.113.9", True),
+    ("0.0.0.0/0", "2001:db8::1", False),
+    ("2001:db8::/32", "2001:db8::1", True),
+    ("fe80::/10", "fe80::1%eth0", True),
+]
+
+
+class TestAccessList(unittest.TestCase):
+    """Who may do what."""
+
+    def test_table(self) -> None:
+        for text, peer, allowed in ACCESS:
+            with self.subTest(list=text, peer=peer):
+                networks = popup_notifier.parse_networks(text)
+                self.assertIs(networks.allows(popup_notifier.peer_address(peer)), allowed)
+
+    def test_mapped_network_below_96_bits_is_refused(self) -> None:
+        # Read as IPv4 it would be everybody.
+        with self.assertRaises(ValueError):
+            parse_network("::ffff:0:0/90")
+
+
+# --- 3. WebSocket ------------------------------------------------------------------------------
+
+GOOD_HANDSHAKE = {
+    "upgrade": "websocket",
+    "connection": "Upgrade",
+    "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==",
+    "sec-websocket-version": "13",
+}
+
+# (fields that differ, status)
+HANDSHAKES = [
+    ({}, 101),
+    ({"upgrade": "WebSocket"}, 101),
+    ({"connection": "keep-alive, Upgrade"}, 101),
+    ({"connection": "keep-alive,UPGRADE ,x"}, 101),
+    ({"upgrade": "h2c, websocket"}, 101),
+    ({"upgrade": "websocketx"}, 426),
+    ({"upgrade": ""}, 426),
+    ({"connection": "keep-alive"}, 426),
+    ({"connection": "Upgraded"}, 426),
+    ({"sec-websocket-version": "8"}, 426),
+    ({"sec-websocket-version": "13, 8"}, 426),
+    ({"sec-websocket-version": ""}, 426),
+    ({"sec-websocket-key": ""}, 400),
+    ({"sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ"}, 400),
+    ({"sec-websocket-key": "dGhlIHNhbXBsZSBub25jZSE="}, 400),
+    ({"sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==, dGhlIHNhbXBsZSBub25jZQ=="}, 400),
+]
+
+TEXT = "日本語😀"
+LONG = b"x" * 126
+VERY_LONG = b"y" * 65536
+
+# (what it is, bytes from the browser, events, bytes back)
+GOOD_STREAMS: list[tuple[str, bytes, list[tuple[int, bytes]], bytes]] = [
+    ("text", masked(1, b"hello"), [(1, b"hello")], b""),
+    ("empty text", masked(1), [(1, b"")], b""),
+    ("UTF-8", masked(1, TEXT.encode()), [(1, TEXT.encode())], b""),
+    ("binary", masked(2, b"\x00\xff"), [(2, b"\x00\xff")], b""),
+    ("16-bit length", masked(2, LONG), [(2, LONG)], b""),
+    ("64-bit length", masked(2, VERY_LONG), [(2, VERY_LONG)], b""),
+    (
+        "fragments",
+        masked(1, b"a", False) + masked(0, b"b", False) + masked(0, b"c"),
+        [(1, b"abc")],
+        b"",
+    ),
+    (
+        "empty fragments",
+        masked(1, b"", False) + masked(0, b"", False) + masked(0),
+        [(1, b"")],
+        b"",
+    ),
+    (
+        "a character over two fragments",
+        masked(1, TEXT.encode()[:4], False) + masked(0, TEXT.encode()[4:]),
+        [(1, TEXT.encode())],
+        b"",
+    ),
+    ("ping", masked(9, b"!"), [(9, b"!")], b"\x8a\x01!"),
+    ("longest ping", masked(9, b"p" * 125), [(9, b"p" * 125)], b"\x8a\x7d" + b"p" * 125),
+    ("pong nobody asked for", masked(10, b"?"), [(10, b"?")], b""),
+    (
+        "control frames between fragments",
+        masked(1, b"a", False) + masked(9, b"1") + masked(10) + masked(0, b"b"),
+        [(9, b"1"), (10, b""), (1, b"ab")],
+        b"\x8a\x011",
+    ),
+    ("close", masked(8), [(8, b"")], b"\x88\x00"),
+    ("close with code", masked(8, b"\x03\xe8bye"), [(8, b"\x03\xe8bye")], b"\x88\x02\x03\xe8"),
+    ("nothing counts behind close", masked(8) + b"\xff\xff" + masked(9), [(8, b"")], b"\x88\x00"),
+]
+
+# (what it is, bytes from the browser, close code that fails the connection)
+BAD_STREAMS = [
+    ("not masked", b"\x81\x01a", 1002),
+    ("RSV1", b"\xc1\x80\0\0\0\0", 1002),
+    ("RSV2", b"\xa1\x80\0\0\0\0", 1002),
+    ("RSV3", b"\x91\x80\0\0\0\0", 1002),
+    *[
+        (f"opcode {code}", bytes([0x80 | code, 0x80, 0, 0, 0, 0]), 1002)
+        for code in (3, 4, 5, 6, 7)
+    ],
+    *[(f"opcode {code}", bytes([0x80 | code, 0x80, 0, 0, 0, 0]), 1002) for code in range(11, 16)],
+    ("ping in fragments", masked(9, b"a", False), 1002),
+    ("ping too long", b"\x89\xfe\x00\x7e" + b"\0" * 4, 1002),
+    ("continuation of nothing", masked(0, b"a"), 1002),
+    ("continuation behind a message", masked(1, b"a") + masked(0, b"a"), 1002),
+    ("message in a message", masked(1, b"a", False) + masked(1, b"b"), 1002),
+    ("16-bit length for 125", b"\x82\xfe\x00\x7d" + b"\0" * 4, 1002),
+    ("64-bit length for 65535", b"\x82\xff" + struct.pack("!Q", 65535) + b"\0" * 4, 1002),
+    ("64-bit length with its top bit", b"\x82\xff" + b"\x80" + b"\0" * 11, 1002),
+    ("bad UTF-8", masked(1, b"\xff"), 1007),
+    ("overlong UTF-8", masked(1, b"\xc0\xaf"), 1007),
+    ("surrogate in UTF-8", masked(1, b"\xed\xa0\x80"), 1007),
+    ("beyond Unicode", masked(1, b"\xf4\x90\x80\x80"), 1007),
+    ("half a character at the end", masked(1, b"\xe6\x97"), 1007),
+    (
+        "half a character at the end of fragments",
+        masked(1, b"\xe6", False) + masked(0, b"\x97"),
+        1007,
+    ),
+    ("over the limit", b"\x82\xff" + struct.pack("!Q", (1 << 16) + 1) + b"\0" * 4, 1009),
+    ("over the limit in fragments", masked(2, VERY_LONG, False) + masked(0, b"1"), 1009),
+    ("close with one byte", masked(8, b"\x03"), 1002),
+    *[
+        (f"close with {code}", masked(8, struct.pack("!H", code)), 1002)
+        for code in (0, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000, 65535)
+    ],
+    ("close reason not UTF-8", masked(8, b"\x03\xe8\xff"), 1007),
+]
+
+
+def feed(stream: bytes, size: int) -> tuple[list[tuple[int, bytes]], bytes, WebSocketProtocol]:
+    """Return the events and the bytes back of a stream fed in chunks of `size`."""
+    protocol = WebSocketProtocol()
+    for start in range(0, len(stream), size):
+        protocol.receive_data(stream[start : start + size])
+    events = [(int(event.opcode), event.payload) for event in protocol.events_received()]
+    return events, protocol.data_to_send(), protocol
+
+
+class TestHandshake(unittest.TestCase):
+    """RFC 6455 section 4."""
+
+    def test_accept_key_of_the_rfc(self) -> None:
+        self.assertEqual(check_handshake(GOOD_HANDSHAKE), "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")
+
+    def test_field_by_field(self) -> None:
+        for different, status in HANDSHAKES:
+            with self.subTest(different):
+                try:
+                    check_handshake({**GOOD_HANDSHAKE, **different})
+                    answered = 101
+                except HandshakeError as error:
+                    answered = error.status.value
+                    if status == 426:
+                        self.assertEqual(error.fields["Sec-WebSocket-Version"], "13")
+                        self.assertEqual(error.fields["Upgrade"], "websocket")
+                self.assertEqual(answered, status)
+
+    def test_every_field_is_needed(self) -> None:
+        for name in GOOD_HANDSHAKE:
+            with self.subTest(name), self.assertRaises(HandshakeError):
+                check_handshake(
+                    {key: GOOD_HANDSHAKE[key] for key in GOOD_HANDSHAKE if key != name}
+                )
+
+
+class TestFrame(unittest.TestCase):
+    """RFC 6455 section 5.2."""
+
+    def test_lengths(self) -> None:
+        for size, head in [
+            (0, b"\x81\x00"),
+            (125, b"\x81\x7d"),
+            (126, b"\x81\x7e\x00\x7e"),
+            (65535, b"\x81\x7e\xff\xff"),
+            (65536, b"\x81\x7f\x00\x00\x00\x00\x00\x01\x00\x00"),
+        ]:
+            with self.subTest(size):
+                frame = serialize_frame(Opcode.TEXT, b"x" * size)
+                self.assertEqual(frame, head + b"x" * size)
+                self.assertEqual(popup_notifier.frame_size(b"???" + frame, 3), len(frame))
+
+    def test_mask_of_the_rfc(self) -> None:
+        # RFC 6455 section 5.7: a masked "Hello".
+        masking_key = b"\x37\xfa\x21\x3d"
+        self.assertEqual(popup_notifier.apply_mask(b"\x7f\x9f\x4d\x51\x58", masking_key), b"Hello")
+
+    def test_mask_at_every_offset(self) -> None:
+        data = bytes(range(23))
+        whole = popup_notifier.apply_mask(data, b"wxyz")
+        for cut in range(len(data)):
+            parts = popup_notifier.apply_mask(data[:cut], b"wxyz")
+            parts += popup_notifier.apply_mask(data[cut:], b"wxyz", cut)
+            self.assertEqual(parts, whole)
+
+    def test_close_reason_is_cut_between_characters(self) -> None:
+        frame = popup_notifier.serialize_close(CloseCode.GOING_AWAY, "語" * 100)
+        self.assertEqual(frame[:4], b"\x88\x7d\x03\xe9"[:1] + bytes([2 + 123]) + b"\x03\xe9")
+        frame[4:].decode("utf-8")
+
+
+class TestWebSocketProtocol(unittest.TestCase):
+    """RFC 6455 section 5, by bytes."""
+
+    def test_good_streams_in_chunks_of_any_size(self) -> None:
+        for label, stream, events, reply in GOOD_STREAMS:
+            for size in (len(stream), 1, 2, 3, 7):
+                if len(stream) > 1000 and size < 7:
+                    size *= 499
+                with self.subTest(label, size=size):
+                    got, back, protocol = feed(stream, size)
+                    self.assertEqual((got, back), (events, reply))
+                    self.assertIsNone(protocol.error)
+
+    def test_bad_streams_in_chunks_of_any_size(self) -> None:
+        for label, stream, code in BAD_STREAMS:
+            for size in (len(stream), 1, 5):
+                if len(stream) > 1000 and size < 7:
+                    size *= 499
+                with self.subTest(label, size=size):
+                    _, back, protocol = feed(stream + masked(9), size)
+                    self.assertIsInstance(protocol.error, ProtocolError)
+                    self.assertTrue(protocol.is_closed)
+                    # One Close with the code, no answer to the ping behind.
+                    self.assertEqual(back[:1] + back[2:4], b"\x88" + struct.pack("!H", code))
+                    self.assertEqual(len(back), 2 + back[1])
+
+    def test_bad_utf8_fails_at_once(self) -> None:
+        # The first half of a message is enough: nobody waits for the rest (section 8.1).
+        for stream in (masked(1, b"ab\xff" + b"c" * 50)[:9], masked(1, b"\xf4\x90", False)):
+            protocol = WebSocketProtocol()
+            protocol.receive_data(stream)
+            self.assertTrue(protocol.is_closed)
+
+    def test_every_valid_close_code_is_echoed(self) -> None:
+        for code in (1000, 1001, 1002, 1003, *range(1007, 1015), 3000, 3999, 4000, 4999):
+            with self.subTest(code):
+                _, back, protocol = feed(masked(8, struct.pack("!H", code) + b"why"), 99)
+                self.assertEqual(back, b"\x88\x02" + struct.pack("!H", code))
+                self.assertEqual((protocol.close_code, protocol.is_closed), (code, True))
+
+    def test_our_close_waits_for_the_peer(self) -> None:
+        protocol = WebSocketProtocol()
+        protocol.send_close(CloseCode.GOING_AWAY, "x")
+        self.assertEqual(protocol.data_to_send(), b"\x88\x03\x03\xe9x")
+        protocol.send_text("not any more")
+        protocol.receive_data(masked(9, b"late"))
+        self.assertEqual(protocol.data_to_send(), b"")
+        self.assertFalse(protocol.is_closed)
+        protocol.receive_data(masked(8, b"\x03\xe9"))
+        self.assertEqual((protocol.data_to_send(), protocol.is_closed), (b"", True))
+
+    def test_eof(self) -> None:
+        protocol = WebSocketProtocol()
+        protocol.receive_eof()
+        self.assertEqual((protocol.is_closed, protocol.close_code), (True, 1006))
+
+    def test_echo_in_ten_lines(self) -> None:
+        # What a conformance suite needs: no socket, no change to the file.
+        protocol = WebSocketProtocol(max_message=1 << 24)
+        send = {Opcode.TEXT: protocol.send_text, Opcode.BINARY: protocol.send_binary}
+        protocol.receive_data(masked(1, b"a" * 100_000) + masked(2, b"b"))
+        for event in protocol.events_received():
+            send[event.opcode](event.payload)
+        expected = serialize_frame(Opcode.TEXT, b"a" * 100_000) + b"\x82\x01b"
+        self.assertEqual(protocol.data_to_send(), expected)
+
+    def test_fuzz_chunks_do_not_matter(self) -> None:
+        chance = random.Random(6455)
+        pieces = [stream for _, stream, _, _ in GOOD_STREAMS if len(stream) < 1000]
+        pieces += [stream for _, stream, _ in BAD_STREAMS if len(stream) < 1000]
+        for _ in range(1500):
+            stream = bytearray(b"".join(chance.choices(pieces, k=chance.randint(1, 6))))
+            for _ in range(chance.choice((0, 0, 1, 3))):
+                stream[chance.randrange(len(stream))] = chance.randrange(256)
+            whole = feed(bytes(stream), len(stream))
+            parts = feed(bytes(stream), chance.randint(1, 9))
+            self.assertEqual(parts[:2], whole[:2], bytes(stream))
+            self.assertEqual(str(parts[2].error), str(whole[2].error), bytes(stream))
+
+    def test_section_knows_no_socket_and_no_clock(self) -> None:
+        text = PROGRAM.read_text()
+        section = text[text.index("# --- 3. ") : text.index("# --- 4. ")]
+        names = {node.id for node in ast.walk(ast.parse(section)) if isinstance(node, ast.Name)}
+        self.assertFalse(names & {"socket", "selectors", "threading", "time", "log", "logging"})
+
+
+# --- 4. Hub ------------------------------------------------------------------------------------
+
+
+class TestCall(unittest.TestCase):
+    """What a browser gets."""
+
+    def test_envelope(self) -> None:
+        with Daemon() as daemon, daemon.browser() as browser:
+            daemon.trigger("&exten=201&name=%E5%B1%B1%E7%94%B0&uniqueid=1.2")
+            message = browser.message()
+        self.assertRegex(message.pop("id"), r"^\d{13}-\d+$")
+        self.assertEqual(
+            message,
+            {
+                "type": "CALL_IN",
+                "phone": "0312345678",
+                "exten": "201",
+                "data": {
+                    "phone": "0312345678",
+                    "exten": "201",
+                    "name": "山田",
+                    "uniqueid": "1.2",
+                },
+            },
+        )
+
+    def test_exten_is_all_by_default(self) -> None:
+        with Daemon() as daemon, daemon.browser() as browser:
+            for query in ("", "&exten="):
+                daemon.trigger(query)
+                message = browser.message()
+                self.assertEqual((message["exten"], message["data"]["exten"]), ("all", "all"))
+
+    def test_ids_increase(self) -> None:
+        with Daemon() as daemon, daemon.browser() as browser:
+            for _ in range(50):
+                daemon.trigger()
+            ids = [tuple(map(int, browser.message()["id"].split("-"))) for _ in range(50)]
+        self.assertEqual(ids, sorted(set(ids)))
+
+    def test_log_says_who_was_called_and_how_many_got_it(self) -> None:
+        with Daemon() as daemon:
+            with daemon.browser(), daemon.browser():
+                daemon.trigger("&exten=201")
+                (line,) = daemon.wait_for_log("call ")
+        self.assertRegex(
+            line, r'call \d+-\d+: phone="0312345678" exten="201" from 127\.0\.0\.1 to 2 browsers$'
+        )
+
+
+class TestHub(unittest.TestCase):
+    """The browsers and the thread that serves them."""
+
+    def test_call_right_after_the_handshake_arrives(self) -> None:
+        with Daemon() as daemon:
+            for number in range(300):
+                with daemon.browser() as browser:
+                    self.assertEqual(daemon.trigger(phone=f"{number:010}"), 200)
+                    self.assertEqual(browser.phones(1), [f"{number:010}"])
+
+    def test_broadcast_reaches_all_in_one_order(self) -> None:
+        with Daemon() as daemon, contextlib.ExitStack() as stack:
+            browsers = [stack.enter_context(daemon.browser()) for _ in range(40)]
+
+            def call(caller: int) -> None:
+                for number in range(10):
+                    daemon.trigger(phone=f"{caller:02}{number:02}")
+
+            callers = [threading.Thread(target=call, args=(caller,)) for caller in range(20)]
+            for thread in callers:
+                thread.start()
+            while any(thread.is_alive() for thread in callers):
+                daemon.browser(source="127.0.0.9").sock.close()
+            heard = [browser.phones(200) for browser in browsers]
+        self.assertEqual(len(set(heard[0])), 200)
+        for each in heard:
+            self.assertEqual(each, heard[0])
+
+    def test_bytes_behind_the_handshake_are_kept(self) -> None:
+        behind = masked(9, b"early") + masked(1, b"ignored") + masked(9, b"second")
+        head = handshake()
+        stream = head + behind
+        with Daemon() as daemon:
+            for cut in [*range(len(head) - 4, len(stream) + 1), 1, 20]:
+                with self.subTest(cut), daemon.connect() as sock:
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+                    sock.sendall(stream[:cut])
+                    sock.sendall(stream[cut:])
+                    answer = b""
+                    while not answer.endswith(b"\x8a\x05early\x8a\x06second"):
+                        part = sock.recv(4096)
+                        self.assertTrue(part, answer)
+                        answer += part
+
+    def test_ping_is_answered_and_text_ignored(self) -> None:
+        with Daemon() as daemon, daemon.browser() as browser:
+            browser.send(1, "こんにちは".encode())
+            browser.send(2, b"\0" * 5000)
+            browser.send(9, b"you?")
+            self.assertEqual(browser.frame(), (Opcode.PONG, b"you?"))
+            daemon.trigger()
+            self.assertEqual(browser.phones(1), ["0312345678"])
+
+    def test_close_is_echoed_and_the_connection_ends(self) -> None:
+        with Daemon() as daemon, daemon.browser() as browser:
+            browser.send(8, b"\x0f\xa0")
+            self.assertEqual(browser.frame(), (Opcode.CLOSE, b"\x0f\xa0"))
+            self.assertEqual(receive_all(browser.sock), b"")
+            daemon.wait_for_log(r"browser gone: 127.0.0.1 closed with 4000 \(0 connected\)")
+
+    def test_broken_protocol_is_closed_and_logged_in_one_line(self) -> None:
+        with Daemon() as daemon:
+            for stream, code in [(b"\x81\x01a", 1002), (masked(1, b"\xff"), 1007)]:
+                with self.subTest(code), daemon.browser() as browser:
+                    browser.sock.sendall(stream)
+                    self.assertEqual(browser.closed_with()[0], code)
+            lines = daemon.wait_for_log("browser dropped", 2)
+            self.assertIn("127.0.0.1 sent a frame that is not masked", lines[0])
+
+    def test_hanging_up_is_noticed(self) -> None:
+        with Daemon() as daemon:
+            with daemon.browser() as browser:
+                browser.sock.shutdown(socket.SHUT_WR)
+                daemon.wait_for_log("browser gone: 127.0.0.1 hung up without Close")
+            with daemon.browser() as browser:
+                reset(browser.sock)
+                daemon.wait_for_log("browser gone: 127.0.0.1 connection lost")
+
+    def test_browsers_over_the_limit_get_503(self) -> None:
+        with Daemon(MAX_BROWSERS=2) as daemon:
+            with daemon.browser(), daemon.browser() as second:
+                answer = daemon.exchange(handshake())
+                self.assertEqual(status_of(answer), 503)
+                self.assertIn(b"\r\nRetry-After: 30\r\n", answer)
+                second.send(8)
+                daemon.wait_for_log("browser gone")
+                daemon.browser().sock.close()
+
+    def test_silent_browser_is_gone_and_one_that_answers_stays(self) -> None:
+        with Daemon(PING_INTERVAL=1) as daemon:
+            silent, alive = daemon.browser(source="127.0.0.2"), daemon.browser()
+            with silent, alive:
+                start = time.monotonic()
+                while time.monotonic() < start + 4:
+                    opcode, payload = alive.frame()
+                    self.assertEqual(opcode, Opcode.PING)
+                    alive.send(Opcode.PONG, payload)
+                lines = daemon.wait_for_log("browser dropped: 127.0.0.2 was silent for 2 s")
+                self.assertEqual(len(lines), 1)
+                daemon.trigger()
+                self.assertEqual(alive.phones(1), ["0312345678"])
+
+
+def reset(sock: socket.socket) -> None:
+    """Close a connection by RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+class TestBacklog(unittest.TestCase):
+    """What waits for a slow browser."""
+
+    FRAMES = tuple(serialize_frame(Opcode.TEXT, bytes([65 + n]) * n * 40) for n in range(8))
+
+    def test_frames_leave_in_order_and_whole_after_a_discard(self) -> None:
+        stream = b"".join(self.FRAMES)
+        ends = list(itertools.accumulate(map(len, self.FRAMES)))
+        for sent in range(len(stream)):
+            backlog = popup_notifier.Backlog(b"".join(self.FRAMES[:3]), min(sent, ends[2]))
+            for frame in self.FRAMES[3:]:
+                backlog.append(frame)
+            out = bytearray(stream[: min(sent, ends[2])])
+
+            def send(data: bytes, room: int = max(sent - ends[2], 0), out: bytearray = out) -> int:
+                if room <= 0:
+                    raise BlockingIOError
+                out += data[:room]
+                return min(room, len(data))
+
+            backlog.flush(send)
+            backlog.discard()
+            rest = socket.socketpair()
+            backlog.flush(rest[0].send)
+            rest[0].close()
+            total = bytes(out) + receive_all(rest[1])
+            rest[1].close()
+            self.assertIn(len(total), [0, *ends])
+            self.assertEqual(total, stream[: len(total)])
+            self.assertEqual(backlog.size, 0)
+
+
+# --- 5. HTTP -----------------------------------------------------------------------------------
+
+# (what it is, head without the empty line, status or None when it is a request)
+HEADS: list[tuple[str, bytes, int | None]] = [
+    ("plain", b"GET / HTTP/1.1\r\nHost: h", None),
+    ("HTTP/1.0 without Host", b"GET / HTTP/1.0", None),
+    ("absolute form", b"GET http://h:1/x?y HTTP/1.1\r\nHost: h", None),
+    ("raw UTF-8 in the target", "GET /?n=山田 HTTP/1.1\r\nHost: h".encode(), None),
+    ("empty value", b"GET / HTTP/1.1\r\nHost:\r\nX:", None),
+    ("no target", b"GET HTTP/1.1\r\nHost: h", 400),
+    ("blank in the target", b"GET /a b HTTP/1.1\r\nHost: h", 400),
+    ("two blanks", b"GET  / HTTP/1.1\r\nHost: h", 400),
+    ("other protocol", b"GET / RTSP/1.0\r\nHost: h", 400),
+    ("HTTP/2", b"GET / HTTP/2.0\r\nHost: h", 400),
+    ("TLS", b"\x16\x03\x01\x02\x00\x01\x00", 400),
+    ("no Host", b"GET / HTTP/1.1", 400),
+    ("two Hosts", b"GET / HTTP/1.1\r\nHost: a\r\nHost: b", 400),
+    ("blank before the colon", b"GET / HTTP/1.1\r\nHost : h", 400),
+    ("folded line", b"GET / HTTP/1.1\r\nHost: h\r\n folded", 400),
+    ("no colon", b"GET / HTTP/1.1\r\nHost: h\r\nwhat", 400),
+    ("NUL in a value", b"GET / HTTP/1.1\r\nHost: h\0", 400),
+    ("NUL in a name", b"GET / HTTP/1.1\r\nHost: h\r\nX\0: y", 400),
+    ("NUL in the target", b"GET /\0 HTTP/1.1\r\nHost: h", 400),
+    ("bare CR", b"GET / HTTP/1.1\r\nHost: h\r\nX: a\rb", 400),
+    ("bare LF", b"GET / HTTP/1.1\r\nHost: h\r\nX: a\nContent-Length: 3", 400),
+    (
+        "both lengths",
+        b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\nTransfer-Encoding: chunked",
+        400,
+    ),
+    ("chunks", b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked", 411),
+    ("two lengths", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\nContent-Length: 3", 400),
+    ("length with a sign", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: +3", 400),
+    ("negative length", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: -3", 400),
+    ("endless length", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: " + b"9" * 5000, 400),
+    ("too long a body", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 65537", 413),
+    ("too many fields", b"GET / HTTP/1.1\r\nHost: h" + b"\r\nX: y" * 64, 431),
+]
+
+FORM_TYPE = "Content-Type: application/x-www-form-urlencoded\r\n"
+JSON_TYPE = "Content-Type: application/json\r\n"
+
+# (what it is, query, further head, body, data as the browser gets it)
+GOOD_TRIGGERS: list[tuple[str, str, str, bytes, dict[str, str]]] = [
+    ("query", "?phone=1&exten=2&token={token}", "", b"", {"phone": "1", "exten": "2"}),
+    (
+        "raw plus in phone",
+        "?phone=+8131&token={token}",
+        "",
+        b"",
+        {"phone": "+8131", "exten": "all"},
+    ),
+    ("encoded plus", "?phone=%2B8131&token={token}", "", b"", {"phone": "+8131", "exten": "all"}),
+    (
+        "plus elsewhere is a blank",
+        "?phone=1&name=A+B&token={token}",
+        "",
+        b"",
+        {"phone": "1", "exten": "all", "name": "A B"},
+    ),
+    ("raw UTF-8", "?phone=非通知&token={token}", "", b"", {"phone": "非通知", "exten": "all"}),
+    (
+        "Asterisk's CURL(url,x)",
+        "?phone=1&token={token}",
+        FORM_TYPE,
+        b"x",
+        {"phone": "1", "exten": "all"},
+    ),
+    (
+        "form body",
+        "",
+        FORM_TYPE,
+        b"phone=%2B81&name=%E5%B1%B1&token={token}",
+        {"phone": "+81", "exten": "all", "name": "山"},
+    ),
+    ("form body without a type", "", "", b"phone=1&token={token}", {"phone": "1", "exten": "all"}),
+    (
+        "JSON body",
+        "",
+        JSON_TYPE,
+        b'{"phone": "1", "exten": 201, "x": "\\u00e9", "token": "{token}"}',
+        {"phone": "1", "exten": "201", "x": "é"},
+    ),
+    (
+        "JSON with charset",
+        "?token={token}",
+        JSON_TYPE[:-2] + "; charset=utf-8\r\n",
+        b'{"phone":"1"}',
+        {"phone": "1", "exten": "all"},
+    ),
+    (
+        "bearer",
+        "?phone=1",
+        "Authorization: Bearer {token}\r\n",
+        b"",
+        {"phone": "1", "exten": "all"},
+    ),
+    (
+        "bearer in lower case",
+        "?phone=1",
+        "authorization: bearer {token}\r\n",
+        b"",
+        {"phone": "1", "exten": "all"},
+    ),
+    (
+        "a list of extensions",
+        "?phone=1&exten=201,202&token={token}",
+        "",
+        b"",
+        {"phone": "1", "exten": "201,202"},
+    ),
+    ("no value", "?phone=1&vip&token={token}", "", b"", {"phone": "1", "exten": "all", "vip": ""}),
+    ("stray signs", "?&&phone=1&=x&token={token}&", "", b"", {"phone": "1", "exten": "all"}),
+    (
+        "the longest value",
+        "?token={token}",
+        FORM_TYPE,
+        b"phone=" + b"1" * 2048,
+        {"phone": "1" * 2048, "exten": "all"},
+    ),
+]
+
+# (what it is, query, further head, body, status, what the answer must name)
+BAD_TRIGGERS: list[tuple[str, str, str, bytes, int, str]] = [
+    ("no token", "?phone=1", "", b"", 401, "token is missing"),
+    ("wrong token", "?phone=1&token=x", "", b"", 401, "token is not SECRET_TOKEN"),
+    ("longer token", "?phone=1&token={token}x", "", b"", 401, "token"),
+    ("token not ASCII", "?phone=1&token=%ff%E5%B1%B1", "", b"", 401, "token"),
+    ("wrong bearer", "?phone=1", "Authorization: Bearer x\r\n", b"", 401, "token"),
+    ("other scheme", "?phone=1", "Authorization: Basic {token}\r\n", b"", 401, "token is missing"),
+    ("the token goes first", "?token=x", "", b"", 401, "token"),
+    ("the token goes before a broken body", "?token=x", JSON_TYPE, b"{", 401, "token"),
+    ("no phone", "?token={token}", "", b"", 400, "phone is missing"),
+    ("empty phone", "?phone=&token={token}", "", b"", 400, "phone is missing"),
+    ("phone twice", "?phone=1&phone=2&token={token}", "", b"", 400, '"phone" is given twice'),
+    (
+        "exten twice",
+        "?phone=1&exten=999&exten=all&token={token}",
+        "",
+        b"",
+        400,
+        '"exten" is given twice',
+    ),
+    ("token twice", "?phone=1&token=x&token={token}", "", b"", 400, '"token" is given twice'),
+    (
+        "query and body",
+        "?phone=1&token={token}",
+        FORM_TYPE,
+        b"phone=2",
+        400,
+        '"phone" is given twice',
+    ),
+    (
+        "twice in JSON",
+        "?token={token}",
+        JSON_TYPE,
+        b'{"phone":"1","phone":"2"}',
+        400,
+        '"phone" is given twice',
+    ),
+    ("phone not UTF-8", "?phone=%ff&token={token}", "", b"", 400, '"phone" is not UTF-8'),
+    ("name not UTF-8", "?phone=1&name=%83%65&token={token}", "", b"", 400, '"name" is not UTF-8'),
+    (
+        "half a surrogate pair",
+        "?token={token}",
+        JSON_TYPE,
+        b'{"phone":"\\ud800"}',
+        400,
+        '"phone" is not UTF-8',
+    ),
+    ("too long", "?phone=" + "1" * 2049 + "&token={token}", "", b"", 400, '"phone" has over 2048'),
+    ("too long a name", "?phone=1&" + "n" * 65 + "=1&token={token}", "", b"", 400, "has over 64"),
+    (
+        "too many",
+        "?phone=1&token={token}" + "".join(f"&p{n}=" for n in range(31)),
+        "",
+        b"",
+        400,
+        "more than 32",
+    ),
+    ("broken JSON", "?token={token}", JSON_TYPE, b"{", 400, "not JSON"),
+    ("JSON list", "?token={token}", JSON_TYPE, b"[]", 400, "not a JSON object"),
+    ("deep JSON", "?token={token}", JSON_TYPE, b"[" * 60000, 400, "not JSON"),
+    ("JSON null", "?token={token}", JSON_TYPE, b'{"phone":null}', 400, '"phone" is not a text'),
+    ("JSON number", "?token={token}", JSON_TYPE, b'{"phone":1.5}', 400, '"phone" is not a text'),
+    (
+        "JSON object within",
+        "?phone=1&token={token}",
+        JSON_TYPE,
+        b'{"x":{"y":1}}',
+        400,
+        '"x" is not a text',
+    ),
+    ("JSON not UTF-8", "?token={token}", JSON_TYPE, b'{"phone":"\xff"}', 400, "not JSON in UTF-8"),
+    (
+        "other body",
+        "?phone=1&token={token}",
+        "Content-Type: text/xml\r\n",
+        b"<a/>",
+        415,
+        "body must be",
+    ),
+]
+
+HOSTILE = [
+    '"quotes"\\back\\',
+    "CR\rLF\nCRLF\r\n",
+    "\x1b]0;owned\x07\x1b[31m",
+    "line\u2028and\u2029separators",
+    "😀 emoji",
+    "<script>alert(1)</script>",
+    "9" * 200,
+    "\0nul",
+    "\u202eright to left",
+    "$(touch /tmp/x)`id`",
+    "1&exten=999",
+]
+
+
+def trigger_request(query: str, head: str, body: bytes) -> bytes:
+    """Return the bytes of a trigger; {token} stands for the right one."""
+    length = f"Content-Length: {len(body.replace(b'{token}', TOKEN.encode()))}\r\n" if body else ""
+    text = f"POST /api/trigger{query} HTTP/1.1\r\nHost: pbx\r\n{head}{length}\r\n"
+    return text.encode().replace(b"{token}", TOKEN.encode()) + body.replace(
+        b"{token}", TOKEN.encode()
+    )
+
+
+class TestHead(unittest.TestCase):
+    """RFC 9112, strictly."""
+
+    def test_table(self) -> None:
+        for label, head, status in HEADS:
+            with self.subTest(label):
+                try:
+                    parse_head(head)
+                    answered = None
+                except RequestError as error:
+                    answered = error.status.value
+                self.assertEqual(answered, status)
+
+    def test_target(self) -> None:
+        request = parse_head(
+            b"POST http://pbx:1/a/b?c=d?e HTTP/1.1\r\nHost: h\r\nX-Y: \t z \r\nx-y: 2"
+        )
+        self.assertEqual((request.method, request.path, request.query), ("POST", "/a/b", b"c=d?e"))
+        self.assertEqual(request.fields["x-y"], "z, 2")
+
+
+class TestTrigger(unittest.TestCase):
+    """POST /api/trigger."""
+
+    def test_good(self) -> None:
+        with Daemon() as daemon, daemon.browser() as browser:
+            for label, query, head, body, data in GOOD_TRIGGERS:
+                with self.subTest(label):
+                    answer = daemon.exchange(trigger_request(query, head, body))
+                    self.assertEqual((status_of(answer), answer[-6:]), (200, b"\r\n\r\nOK"))
+                    self.assertEqual(browser.message()["data"], data)
+
+    def test_bad_delivers_nothing(self) -> None:
+        with Daemon() as daemon, daemon.browser() as browser:
+            for label, query, head, body, status, text in BAD_TRIGGERS:
+                with self.subTest(label):
+                    answer = daemon.exchange(trigger_request(query, head, body))
+                    self.assertEqual(status_of(answer), status, answer)
+                    self.assertIn(text, answer.decode())
+                    self.assertNotIn(TOKEN, answer.decode())
+            self.assertEqual(daemon.trigger(phone="42"), 200)
+            self.assertEqual(browser.phones(1), ["42"])
+
+    def test_order_of_refusals(self) -> None:
+        with Daemon(TRIGGER_ALLOW="127.0.0.2", CRMWS_ALLOW="127.0.0.3") as daemon:
+            for request, source, status in [
+                ("GET /nowhere", "127.0.0.9", 404),
+                ("POST /api/trigger/", "127.0.0.2", 404),
+                ("GET /api/trigger", "127.0.0.9", 405),
+                ("PUT /api/trigger", "127.0.0.2", 405),
+                ("POST /crmws", "127.0.0.9", 405),
+                ("POST /api/trigger", "127.0.0.9", 403),
+                ("POST /api/trigger", "127.0.0.3", 403),
+                ("GET /crmws", "127.0.0.2", 403),
+                ("POST /api/trigger", "127.0.0.2", 401),
+                ("GET /crmws", "127.0.0.3", 426),
+            ]:
+                with self.subTest(request, source=source):
+                    head = f"{request} HTTP/1.1\r\nHost: h\r\n\r\n".encode()
+                    answer = daemon.exchange(head, source=source)
+                    self.assertEqual(status_of(answer), status)
+                    self.assertEqual(b"\r\nAllow: " in answer, status == 405)
+
+    def test_hostile_caller_ids_arrive_as_sent(self) -> None:
+        with Daemon() as daemon, daemon.browser() as browser:
+            for value in HOSTILE:
+                with self.subTest(value):
+                    self.assertEqual(
+                        daemon.trigger(phone=quote(value), query="&name=" + quote(value)), 200
+                    )
+                    _, payload = browser.frame()
+                    self.assertTrue(payload.isascii())
+                    message = json.loads(payload)
+                    self.assertEqual((message["phone"], message["data"]["name"]), (value, value))
+            lines = daemon.wait_for_log("call ", len(HOSTILE))
+        self.assertEqual(len(lines), len(HOSTILE))
+        for line in daemon.lines:
+            self.assertTrue(line.isprintable(), line)
+            self.assertRegex(line, r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} [A-Z]+ ")
+
+    def test_localhost_is_both_families(self) -> None:
+        with Daemon() as daemon:
+            for host in ("127.0.0.1", "::1"):
+                with self.subTest(host):
+                    request = trigger_request("?phone=1&token={token}", "", b"")
+                    self.assertEqual(status_of(daemon.exchange(request, host=host)), 200)
+
+    def test_body_in_pieces_and_expect_continue(self) -> None:
+        body = f"phone=1&token={TOKEN}".encode()
+        head = f"POST /api/trigger HTTP/1.1\r\nHost: h\r\nContent-Length: {len(body)}\r\n"
+        with Daemon() as daemon:
+            with daemon.connect() as sock:
+                for byte in head.encode() + b"\r\n" + body:
+                    sock.sendall(bytes([byte]))
+                self.assertEqual(status_of(receive_all(sock)), 200)
+            with daemon.connect() as sock:
+                sock.sendall(head.encode() + b"Expect: 100-continue\r\n\r\n")
+                self.assertEqual(sock.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
+                sock.sendall(body)
+                self.assertEqual(status_of(receive_all(sock)), 200)
+
+    @needs("curl")
+    def test_line_of_the_seed(self) -> None:
+        with Daemon(SECRET_TOKEN="mytoken") as daemon, daemon.browser() as browser:
+            url = f"http://127.0.0.1:{daemon.port}/api/trigger?phone=0312345678&exten=201&token=mytoken"
+            command = ["curl", "-s", "-X", "POST", url, "-m", "1"]
+            self.assertEqual(
+                subprocess.run(command, capture_output=True, check=True).stdout, b"OK"
+            )
+            message = browser.message()
+        self.assertEqual((message["phone"], message["exten"]), ("0312345678", "201"))
+
+
+class TestServer(unittest.TestCase):
+    """Accepting, waiting, refusing."""
+
+    def test_refusals_repeated_are_summed_up(self) -> None:
+        with Daemon() as daemon:
+            for _ in range(50):
+                daemon.exchange(b"GET /admin.php HTTP/1.1\r\nHost: h\r\n\r\n")
+            daemon.trigger()
+            daemon.wait_for_log("call ")
+            self.assertEqual(len(daemon.wait_for_log("refused: 127.0.0.1 404")), 3)
+
+    def test_probe_that_says_nothing_is_not_logged(self) -> None:
+        with Daemon() as daemon:
+            daemon.connect().close()
+            reset(daemon.connect())
+            daemon.trigger()
+            daemon.wait_for_log("call ")
+            self.assertEqual(len(daemon.lines), 2, daemon.lines)
+
+    def test_too_long_a_head(self) -> None:
+        with Daemon() as daemon:
+            answer = daemon.exchange(b"GET /" + b"a" * 20000)
+            self.assertEqual(status_of(answer), 431)
+
+    def test_bare_line_feed_is_refused_at_once(self) -> None:
+        with Daemon() as daemon:
+            self.assertEqual(status_of(daemon.exchange(b"GET / HTTP/1.1\nHost: h\n\n")), 400)
+
+    def test_refused_body_does_not_swallow_the_answer(self) -> None:
+        head = b"POST /api/trigger HTTP/1.1\r\nHost: h\r\nContent-Length: 9999999\r\n\r\n"
+        with Daemon() as daemon:
+            self.assertEqual(status_of(daemon.exchange(head + b"x" * 1_000_000)), 413)
+
+    def test_handshake_with_a_body_is_refused(self) -> None:
+        request = handshake()[:-2] + b"Content-Length: 2\r\n\r\nhi"
+        with Daemon() as daemon:
+            self.assertEqual(status_of(daemon.exchange(request)), 400)
+
+    def test_handshake_over_http_1_0_is_refused(self) -> None:
+        request = handshake().replace(b"HTTP/1.1", b"HTTP/1.0")
+        with Daemon() as daemon:
+            self.assertEqual(status_of(daemon.exchange(request)), 426)
+
+
+# --- 9. Command line ---------------------------------------------------------------------------
+
+
+class TestCommandLine(unittest.TestCase):
+    """Start, stop, mistakes."""
+
+    def run_with(self, *args: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(PROGRAM), *args],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            env={**os.environ, **environ},
+        )
+
+    def fails_with(self, text: str, *args: str) -> None:
+        done = self.run_with(*args)
+        self.assertEqual(done.returncode, 1)
+        self.assertEqual(len(done.stderr.splitlines()), 1, done.stderr)
+        self.assertIn(text, done.stderr)
+
+    def config(self, text: str) -> str:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        path = Path(folder.name, "popup-notifier.conf")
+        path.write_text(text)
+        return str(path)
+
+    def test_no_configuration(self) -> None:
+        self.fails_with("/nowhere/x.conf: cannot read", "--config", "/nowhere/x.conf")
+
+    def test_mistake_in_the_configuration(self) -> None:
+        path = self.config("PORT=x\nSECRET_TOKEN=t")
+        self.fails_with(f'{path}:1: PORT: "x" is not a whole number', "--config", path)
+
+    def test_port_in_use(self) -> None:
+        with Daemon() as daemon:
+            path = self.config(f"PORT={daemon.port}\nSECRET_TOKEN=t")
+            self.fails_with(f"port {daemon.port}: Address already in use", "-config", path)
+
+    def test_address_that_is_not_here(self) -> None:
+        path = self.config(f"PORT={free_port()}\nSECRET_TOKEN=t\nLISTEN=192.0.2.1")
+        self.fails_with("cannot listen on 192.0.2.1", f"-config={path}")
+
+    def test_defaults_of_the_command_line(self) -> None:
+        done = self.run_with("--help")
+        self.assertEqual(done.returncode, 0)
+        self.assertIn("/usr/local/etc/popup-notifier.conf", re.sub(r"\s+", "", done.stdout))
+        self.assertIn(popup_notifier.VERSION, self.run_with("--version").stdout)
+
+    def test_listen_on_one_address(self) -> None:
+        with Daemon(LISTEN="127.0.0.1") as daemon:
+            self.assertEqual(daemon.trigger(), 200)
+            with self.assertRaises(ConnectionRefusedError):
+                daemon.connect("::1")
+
+    def test_signals_end_it_with_1001_and_exit_0(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(number), Daemon() as daemon, daemon.browser() as browser:
+                daemon.trigger()
+                daemon.process.send_signal(number)
+                self.assertEqual(browser.phones(1), ["0312345678"])
+                self.assertEqual(browser.closed_with()[0], 1001)
+                self.assertEqual(daemon.process.wait(TIMEOUT), 0)
+
+    def test_starts_again_at_once(self) -> None:
+        with Daemon() as daemon:
+            browsers = [daemon.browser() for _ in range(20)]
+            self.assertEqual(daemon.stop(), 0)
+            again = subprocess.Popen(daemon.process.args, stderr=subprocess.PIPE, text=True)
+            assert again.stderr is not None
+            with again, again.stderr:
+                self.assertIn("listens on", again.stderr.readline())
+                again.terminate()
+                self.assertEqual(again.wait(TIMEOUT), 0)
+            for browser in browsers:
+                browser.sock.close()
+
+    def test_journal_gets_priorities_instead_of_times(self) -> None:
+        with tempfile.TemporaryFile("w+") as log:
+            status = os.fstat(log.fileno())
+            path = self.config("SECRET_TOKEN=")
+            subprocess.run(
+                [sys.executable, str(PROGRAM), "--config", path],
+                stderr=log,
+                timeout=TIMEOUT,
+                env={**os.environ, "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"},
+            )
+            log.seek(0)
+            self.assertRegex(log.read(), r"^<3>/\S+:1: SECRET_TOKEN: must be .*\n$")
+
+    def test_no_name_is_looked_up(self) -> None:
+        poison = (
+            "import socket, runpy, sys\n"
+            "def fail(*args): raise SystemExit('a name was looked up')\n"
+            "socket.getfqdn = socket.gethostbyaddr = socket.gethostbyname = fail\n"
+            "sys.argv = ['x', '--config', sys.argv[1]]\n"
+            f"runpy.run_path({str(PROGRAM)!r}, run_name='__main__')\n"
+        )
+        path = self.config(f"PORT={free_port()}\nSECRET_TOKEN=t")
+        process = subprocess.Popen(
+            [sys.executable, "-c", poison, path], stderr=subprocess.PIPE, text=True
+        )
+        assert process.stderr is not None
+        with process, process.stderr:
+            self.assertIn("listens on", process.stderr.readline())
+            process.terminate()
+            self.assertEqual(process.wait(TIMEOUT), 0)
+
+    def test_copied_alone_it_runs(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(shutil.copy(PROGRAM, Path(folder, "popup-notifier")))
+            done = subprocess.run(
+                [sys.executable, "-I", str(copy), "--version"],
+                capture_output=True,
+                timeout=TIMEOUT,
+            )
+        self.assertEqual(done.returncode, 0)
+
+
+# --- Browsers ----------------------------------------------------------------------------------
+#
+# Real browsers, driven as their makers mean it: Chromium by the DevTools protocol over a pipe,
+# Firefox by WebDriver BiDi over a WebSocket.
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+FIREFOX = ("firefox-esr", "firefox")
+
+
+def find_program(names: Iterable[str]) -> str | None:
+    """Return the first of these programs that is installed."""
+    return next((name for name in names if shutil.which(name)), None)
+
+
+class WebBrowser:
+    """A headless browser with a fresh profile; ended with all its processes."""
+
+    names: tuple[str, ...]
+
+    def __init__(self) -> None:
+        self.profile = tempfile.mkdtemp()
+        self.program = find_program(self.names) or self.names[0]
+        self._ids = itertools.count(1)
+        self._answers: dict[int, queue.Queue[dict[str, Any]]] = {}
+        self.console: list[str] = []
+
+    def __enter__(self) -> WebBrowser:
+        with contextlib.ExitStack() as stack:
+            stack.push(self)
+            self.start()
+            threading.Thread(target=self._read, daemon=True).start()
+            self.begin()
+            stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.hang_up()
+        # Its helpers may still be writing for a moment after they were killed.
+        shutil.rmtree(self.profile, ignore_errors=True)
+
+    def launch(self, *args: str, **options: Any) -> None:
+        """Start the program in a process group of its own."""
+        self.process = subprocess.Popen(
+            [self.program, *args],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, "HOME": self.profile},
+            **options,
+        )
+
+    def _read(self) -> None:
+        for message in self.messages():
+            if "id" in message:
+                self._answers.pop(message["id"]).put(message)
+            else:
+                self.note(message.get("method", ""), message.get("params", {}))
+
+    def call(self, method: str, params: dict[str, Any], **top: Any) -> dict[str, Any]:
+        """Send a command; return its result."""
+        number = next(self._ids)
+        answer = self._answers[number] = queue.Queue()
+        self.send({"id": number, "method": method, "params": params, **top})
+        try:
+            message = answer.get(timeout=3 * TIMEOUT)
+        except queue.Empty:
+            raise AssertionError(f"{self.program} does not answer {method}") from None
+        if "error" in message:
+            raise AssertionError(f"{method}: {message['error']} {message.get('message', '')}")
+        return dict(message["result"])
+
+    # What each browser does in its own way.
+
+    def start(self) -> None: ...
+    def begin(self) -> None: ...
+    def hang_up(self) -> None: ...
+    def send(self, message: dict[str, Any]) -> None: ...
+    def messages(self) -> Iterator[dict[str, Any]]:
+        raise NotImplementedError
+
+    def note(self, method: str, params: dict[str, Any]) -> None: ...
+    def open(self, url: str) -> Tab:
+        raise NotImplementedError
+
+
+class Tab:
+    """A page in a browser."""
+
+    def __init__(self, browser: Any, handle: str) -> None:
+        self.browser = browser
+        self.handle = handle
+
+    def evaluate(self, expression: str) -> Any:
+        """Return the value of a JavaScript expression, awaited."""
+        text = self.run(f"(async () => JSON.stringify(await ({expression})))()")
+        return None if text is None else json.loads(text)
+
+    def wait_for(self, expression: str, seconds: float = TIMEOUT) -> Any:
+        """Return the expression's value once it is true."""
+        loop = """(async () => {
+            const end = Date.now() + %d;
+            for (;;) {
+              const value = await (%s);
+              if (value) return value;
+              if (Date.now() > end) throw new Error('never on: ' + document.body.innerText);
+              await new Promise((done) => setTimeout(done, 20));
+            }
+        })()"""
+        try:
+            return self.evaluate(loop % (seconds * 1000, expression))
+        except AssertionError as error:
+            raise AssertionError(
+                f"{expression}: {error}; console: {self.browser.console}"
+            ) from None
+
+    # What each browser does in its own way.
+
+    def run(self, expression: str) -> Any: ...
+    def press(self, key: str) -> None: ...
+    def picture(self) -> bytes:
+        raise NotImplementedError
+
+    def resize(self, width: int, height: int) -> None: ...
+    def activate(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Chromium(WebBrowser):
+    """Chromium, by the DevTools protocol."""
+
+    names = CHROMIUM
+
+    def start(self) -> None:
+        """Give the browser descriptors 3 (to read) and 4 (to write)."""
+        its_input, self._output = os.pipe()
+        self._input, its_output = os.pipe()
+
+        def plumb() -> None:
+            # By way of high numbers: a pipe may have been given 3 or 4 already.
+            high = [os.dup2(its_input, 200), os.dup2(its_output, 201)]
+            os.dup2(high[0], 3)
+            os.dup2(high[1], 4)
+
+        self.launch(
+            *"--headless=new --no-sandbox --disable-gpu --disable-background-networking".split(),
+            *"--no-first-run --disable-component-update --disable-sync".split(),
+            *("--remote-debugging-pipe", f"--user-data-dir={self.profile}"),
+            stderr=subprocess.DEVNULL,
+            preexec_fn=plumb,
+            close_fds=False,
+        )
+        os.close(its_input)
+        os.close(its_output)
+
+    def hang_up(self) -> None:
+        os.close(self._output)
+
+    def send(self, message: dict[str, Any]) -> None:
+        os.write(self._output, json.dumps(message).encode() + b"\0")
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        with os.fdopen(self._input, "rb", buffering=0) as pipe:
+            buffer = b""
+            while part := pipe.read(1 << 20):
+                *whole, buffer = (buffer + part).split(b"\0")
+                yield from map(json.loads, whole)
+
+    def note(self, method: str, params: dict[str, Any]) -> None:
+        if method == "Runtime.consoleAPICalled":
+            self.console.append(" ".join(str(each.get("value")) for each in params["args"]))
+        elif method == "Runtime.exceptionThrown":
+            self.console.append(json.dumps(params["exceptionDetails"]))
+
+    def open(self, url: str) -> Tab:
+        target = self.call("Target.createTarget", {"url": "about:blank"})["targetId"]
+        attached = self.call("Target.attachToTarget", {"targetId": target, "flatten": True})
+        tab = ChromiumTab(self, attached["sessionId"])
+        tab.target = target
+        for domain in ("Page", "Runtime"):
+            tab.call(f"{domain}.enable")
+        tab.navigate(url)
+        return tab
+
+
+class ChromiumTab(Tab):
+    target: str
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        return dict(self.browser.call(method, params, sessionId=self.handle))
+
+    def navigate(self, url: str) -> None:
+        self.call("Page.navigate", url=url)
+        self.wait_for("document.readyState === 'complete' && location.href !== 'about:blank'")
+
+    def run(self, expression: str) -> Any:
+        for _ in range(10):
+            try:
+                done = self.call(
+                    "Runtime.evaluate",
+                    expression=expression,
+                    awaitPromise=True,
+                    returnByValue=True,
+                )
+            except AssertionError as error:
+                # The page was left while the expression ran.
+                if "context" not in str(error) and "navigated" not in str(error):
+                    raise
+                continue
+            if "exceptionDetails" in done:
+                raise AssertionError(done["exceptionDetails"]["exception"].get("description"))
+            return done["result"].get("value")
+        raise AssertionError("the page does not come to rest")
+
+    def press(self, key: str) -> None:
+        for kind in ("keyDown", "keyUp"):
+            text = {"text": "\r"} if key == "Enter" and kind == "keyDown" else {}
+            code = {"Enter": 13, "Escape": 27, "Tab": 9}.get(key, 0)
+            self.call(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode=code,
+                **text,
+            )
+
+    def picture(self) -> bytes:
+        return base64.b64decode(self.call("Page.captureScreenshot")["data"])
+
+    def resize(self, width: int, height: int) -> None:
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
+
+    def darken(self) -> None:
+        feature = {"name": "prefers-color-scheme", "value": "dark"}
+        self.call("Emulation.setEmulatedMedia", features=[feature])
+
+    def activate(self) -> None:
+        self.call("Page.bringToFront")
+
+    def close(self) -> None:
+        self.browser.call("Target.closeTarget", {"targetId": self.target})
+
+
+class Firefox(WebBrowser):
+    """Firefox, by WebDriver BiDi."""
+
+    names = FIREFOX
+    link: Browser | None = None
+
+    def start(self) -> None:
+        self.launch(
+            *("--headless", "--no-remote", "--profile", self.profile),
+            *("--remote-debugging-port", "0"),
+            stderr=subprocess.PIPE,
+        )
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            matched = re.search(rb"WebDriver BiDi listening on ws://127.0.0.1:(\d+)", line)
+            if matched:
+                break
+        else:
+            raise AssertionError("Firefox ended at once")
+        # What it says later must not fill the pipe.
+        threading.Thread(target=self.process.stderr.read, daemon=True).start()
+        sock = socket.create_connection(("127.0.0.1", int(matched[1])), TIMEOUT)
+        sock.settimeout(None)
+        self.link = Browser(sock, "/session", f"127.0.0.1:{matched[1].decode()}")
+
+    def begin(self) -> None:
+        self.call("session.new", {"capabilities": {}})
+        self.call("session.subscribe", {"events": ["log.entryAdded"]})
+
+    def hang_up(self) -> None:
+        if self.link is not None:
+            self.link.sock.close()
+
+    def send(self, message: dict[str, Any]) -> None:
+        assert self.link is not None
+        self.link.send(Opcode.TEXT, json.dumps(message).encode())
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        assert self.link is not None
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                yield self.link.message()
+
+    def note(self, method: str, params: dict[str, Any]) -> None:
+        if method == "log.entryAdded":
+            self.console.append(str(params.get("text")))
+
+    def open(self, url: str) -> Tab:
+        context = self.call("browsingContext.create", {"type": "tab"})["context"]
+        tab = FirefoxTab(self, context)
+        tab.navigate(url)
+        return tab
+
+
+class FirefoxTab(Tab):
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        return dict(self.browser.call(method, {"context": self.handle, **params}))
+
+    def navigate(self, url: str) -> None:
+        self.call("browsingContext.navigate", url=url, wait="complete")
+
+    def run(self, expression: str) -> Any:
+        done = self.browser.call(
+            "script.evaluate",
+            {"expression": expression, "target": {"context": self.handle}, "awaitPromise": True},
+        )
+        if done["type"] == "exception":
+            raise AssertionError(done["exceptionDetails"]["text"])
+        return done["result"].get("value")
+
+    def press(self, key: str) -> None:
+        value = {"Enter": "\ue007", "Escape": "\ue00c", "Tab": "\ue004"}.get(key, key)
+        actions = [{"type": kind, "value": value} for kind in ("keyDown", "keyUp")]
+        self.call(
+            "input.performActions", actions=[{"type": "key", "id": "keys", "actions": actions}]
+        )
+
+    def picture(self) -> bytes:
+        return base64.b64decode(self.call("browsingContext.captureScreenshot")["data"])
+
+    def resize(self, width: int, height: int) -> None:
+        self.call("browsingContext.setViewport", viewport={"width": width, "height": height})
+
+    def activate(self) -> None:
+        self.call("browsingContext.activate")
+
+    def close(self) -> None:
+        self.call("browsingContext.close")
+
+
+class TestBrowsers(unittest.TestCase):
+    """popup-sample.js in real browsers."""
+
+    def page(self, daemon: Daemon, body: str = "", **data: str) -> str:
+        """Return the address of a page with the script tag."""
+        attributes = "".join(f' data-{name}="{value}"' for name, value in data.items())
+        page = Path(daemon.folder.name, "page.html")
+        shutil.copy(HERE / "popup-sample.js", daemon.folder.name)
+        page.write_text(
+            f"<!doctype html><html lang=ja><meta charset=utf-8><title>CRM</title>{body}"
+            f'<script src="popup-sample.js" data-url="ws://127.0.0.1:{daemon.port}/crmws"{attributes}></script>'
+        )
+        return page.as_uri()
+
+    def popup_appears(self, browser: WebBrowser) -> None:
+        with Daemon(SECRET_TOKEN="mytoken") as daemon, browser:
+            tab = browser.open(self.page(daemon))
+            daemon.wait_for_log("browser connected")
+            url = f"http://127.0.0.1:{daemon.port}/api/trigger?phone=0312345678&exten=201&token=mytoken"
+            subprocess.run(
+                ["curl", "-s", "-X", "POST", url, "-m", "1"], capture_output=True, check=True
+            )
+            shown = tab.wait_for("document.querySelector('[role=alert]')?.textContent")
+            self.assertIn("0312345678", shown)
+
+    @needs("chromium", "curl")
+    def test_line_of_the_seed_pops_up_in_chromium(self) -> None:
+        self.popup_appears(Chromium())
+
+    @needs("firefox-esr", "curl")
+    def test_line_of_the_seed_pops_up_in_firefox(self) -> None:
+        self.popup_appears(Firefox())
+
+
+# --- The files ---------------------------------------------------------------------------------
+
+
+class TestFiles(unittest.TestCase):
+    """What the files promise one another."""
+
+    def test_sections_are_the_same_in_both_files(self) -> None:
+        def sections(path: Path) -> list[str]:
+            return re.findall(r"^# --- (\d\. [^-]+) -+$", path.read_text(), re.MULTILINE)
+
+        self.assertEqual(sections(Path(__file__)), sections(PROGRAM))
+
+    def test_functions_fit_on_a_screen(self) -> None:
+        for node in ast.walk(ast.parse(PROGRAM.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                self.assertLessEqual(length, 50, node.name)
+
+    def test_sample_configuration_runs_as_it_stands(self) -> None:
+        text = (HERE / "popup-notifier.conf").read_text()
+        config, warnings = parse_config(text.encode(), "popup-notifier.conf")
+        self.assertEqual(warnings, [])
+        self.assertTrue(config.trigger_allow.allows(ip_address("127.0.0.1")))
+        self.assertTrue(config.crmws_allow.allows(ip_address("127.0.0.1")))
+        self.assertEqual((config.port, config.secret_token), (8989, "mytoken"))
+
+    def test_sample_configuration_names_every_key(self) -> None:
+        text = (HERE / "popup-notifier.conf").read_text()
+        for key in popup_notifier.KEYS:
+            with self.subTest(key.name):
+                matched = re.search(rf"^#?{key.name}=(.*)$", text, re.MULTILINE)
+                assert matched is not None
+                # What is commented out shows the default, where there is one to show.
+                if matched[0].startswith("#") and key.default:
+                    self.assertEqual(matched[1], key.default)
+
+
+if __name__ == "__main__":
+    unittest.main()
