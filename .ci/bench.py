@@ -1,0 +1,398 @@
+#!/usr/bin/env python3
+"""Measure the daemon against the floor: what the kernel takes to write to every browser.
+
+    python3 .ci/bench.py [--quick] [--floor-none] [--only NAME ...] [table | soak]
+
+    table   speed, memory and threads at 1,000 and 10,000 browsers (4 minutes; --quick: 1)
+    soak    200,000 calls, 20,000 connects and disconnects: what is left of them (2 minutes)
+
+`floor.c` is a bare send() loop, `swarm.c` plays the browsers and the PBX; both are compiled into
+a temporary folder. Machines differ and vary, so floor and daemon take turns within one run and
+their ratio is what counts: the median of the pairs. Prints a Markdown table; exits 1 if a must is
+missed. Loopback only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import resource
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+PROGRAM = HERE.parent / "popup_notifier.py"
+
+FEW, MANY, MOST = 100, 1_000, 10_000  # browsers
+CONCURRENCY = 10  # triggers in flight during a burst
+START_TIMEOUT = 10.0  # seconds until a server listens, and until it has ended
+FILES_NEEDED = MOST + 500
+
+CONFIG = {
+    "LISTEN": "127.0.0.1",
+    "SECRET_TOKEN": "bench",
+    "TRIGGER_ALLOW": "127.0.0.0/8",
+    "CRMWS_ALLOW": "127.0.0.0/8",
+    "MAX_BROWSERS": str(2 * MOST),
+}
+TRIGGER = "/api/trigger?phone={phone}&exten=100&token=bench"
+
+Result = dict[str, Any]  # swarm's line, or a part of it
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for."""
+
+    quick: bool
+    with_floor: bool
+    only: tuple[str, ...]
+
+
+# --- Servers under test ------------------------------------------------------------------------
+
+
+class Server(NamedTuple):
+    """A running server."""
+
+    pid: int
+    port: int
+
+
+class Bench:
+    """The temporary folder, with what was compiled into it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("swarm", "floor"):
+            source = str(HERE / f"{name}.c")
+            subprocess.run(["cc", "-O2", "-o", str(folder / name), source], check=True)
+
+    @contextlib.contextmanager
+    def floor(self) -> Iterator[Server]:
+        """Run the floor."""
+        port = free_port()
+        with running([str(self.folder / "floor"), str(port)], port, self.folder) as server:
+            yield server
+
+    @contextlib.contextmanager
+    def daemon(self, **keys: str) -> Iterator[Server]:
+        """Run the daemon; `keys` add to its configuration."""
+        port = free_port()
+        config = self.folder / "popup-notifier.conf"
+        lines = [f"{key}={value}\n" for key, value in {**CONFIG, "PORT": port, **keys}.items()]
+        config.write_text("".join(lines), encoding="utf-8")
+        command = [sys.executable, str(PROGRAM), "--config", str(config)]
+        with running(command, port, self.folder) as server:
+            yield server
+
+    def swarm(self, server: Server, clients: int, **options: object) -> Result:
+        """Let so many browsers connect and do what the options say; return what was measured."""
+        command = [str(self.folder / "swarm"), "--spin", f"--clients={clients}"]
+        command += [f"--port={server.port}", f"--pid={server.pid}", f"--trigger-path={TRIGGER}"]
+        command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 1:
+            raise RunError(done.stderr.strip())
+        result: Result = json.loads(done.stdout)
+        if not result["ok"]:
+            raise RunError(f"{clients} browsers: {result['error']}")
+        return result
+
+
+class RunError(Exception):
+    """A run that did not come to its end: a browser was refused, or lost, or missed a call."""
+
+
+@contextlib.contextmanager
+def running(command: list[str], port: int, folder: Path) -> Iterator[Server]:
+    """Run a server until the block ends."""
+    log = folder / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    try:
+        if not wait_for(lambda: process.poll() is not None or listens(port)) or process.poll():
+            raise RunError(f"{command[0]} does not start:\n{log.read_text(errors='replace')}")
+        yield Server(process.pid, port)
+    finally:
+        process.terminate()
+        try:
+            process.wait(START_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def listens(port: int) -> bool:
+    """Tell whether somebody listens on the port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_for(condition: Callable[[], bool]) -> bool:
+    """Wait until the condition holds; tell whether it did in time."""
+    deadline = time.monotonic() + START_TIMEOUT
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def raise_file_limit() -> None:
+    """Make room for a descriptor per browser, here and in what is started from here."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < FILES_NEEDED:
+        sys.exit(f"{FILES_NEEDED} open files are needed, the hard limit is {hard} (ulimit -Hn)")
+    if soft != resource.RLIM_INFINITY and soft < FILES_NEEDED:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (FILES_NEEDED, hard))
+        print(f"limit of open files raised from {soft} to {FILES_NEEDED}", file=sys.stderr)
+
+
+# --- The table ---------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One thing that must hold; its figure is the median over the runs."""
+
+    name: str
+    what: str
+    crowds: tuple[int, ...]  # at so many browsers
+    field: str  # of swarm's result; a dot leads into a part of it
+    must: float
+    unit: str
+    is_ratio: bool = True  # `must` is for the daemon's figure divided by the floor's
+    at_least: bool = False
+
+
+BIG = (MANY, MOST)
+ROWS = (
+    Row("latency", "last browser has the call", BIG, "last_ms.p50", 1.25, "ms"),
+    Row("cpu", "CPU per delivery", BIG, "cpu_us_per_delivery", 1.3, "µs"),
+    Row("memory", "memory per idle browser", BIG, "rss_kb_per_client", 1.5, "KB", is_ratio=False),
+    Row("answer", "trigger answered, median", (MOST,), "http_ms.p50", 2, "ms", is_ratio=False),
+    Row("burst", "deliveries in a burst", BIG, "deliveries_per_s", 5, "/s", at_least=True),
+    Row("triggers", "triggers in a burst", (FEW,), "triggers_per_s", 1.5, "/s", at_least=True),
+    Row("connect", "all connect at once, 128 in flight", BIG, "connect_s", 2.5, "s"),
+    Row("threads", "threads, as at 100", (FEW, MOST), "threads", 0, "", is_ratio=False),
+)
+BURST_FIELDS = {"deliveries_per_s", "triggers_per_s"}
+
+
+class Pair(NamedTuple):
+    """What floor and daemon did one after the other."""
+
+    floor: Result | None
+    daemon: Result
+
+
+def table(bench: Bench, options: Options) -> bool:
+    """Print the table and tell whether every must is met."""
+    rows = [row for row in ROWS if not options.only or row.name in options.only]
+    pairs = {n: measure(bench, n, rows, options) for n in crowds_of(rows)}
+    print_head("what", "N", "floor", "daemon", "ratio", "must", "verdict")
+    verdicts = [
+        judge_threads(row, pairs) if row.name == "threads" else judge(row, n, pairs[n])
+        for row in rows
+        for n in (row.crowds if row.name != "threads" else (MOST,))
+    ]
+    return all(verdicts)
+
+
+def crowds_of(rows: Iterable[Row]) -> list[int]:
+    """Return the numbers of browsers that the rows need, in order."""
+    return sorted({n for row in rows for n in row.crowds})
+
+
+def measure(bench: Bench, clients: int, rows: list[Row], options: Options) -> list[Pair]:
+    """Let floor and daemon take turns with so many browsers, each time in a new process."""
+    load = {"rounds": 10 if options.quick else 30, "warmup": 2}
+    if any(row.field in BURST_FIELDS and clients in row.crowds for row in rows):
+        burst = 100 if options.quick else 300
+        load |= {"burst": burst if clients > FEW else 10 * burst, "concurrency": CONCURRENCY}
+    pairs = []
+    for number in range(3 if options.quick else 5):
+        print(f"{clients} browsers, pair {number + 1}", file=sys.stderr)
+        floor = None
+        if options.with_floor:
+            with bench.floor() as server:
+                floor = bench.swarm(server, clients, **load)
+        with bench.daemon() as server:
+            pairs.append(Pair(floor, bench.swarm(server, clients, **load)))
+    return pairs
+
+
+def pick(result: Result, field: str) -> float:
+    """Return a figure of swarm's result."""
+    value: Any = result
+    for part in field.split("."):
+        value = value[part]
+    return float(value)
+
+
+def judge(row: Row, clients: int, pairs: list[Pair]) -> bool:
+    """Print a row and tell whether its must is met; without the floor, no ratio is missed."""
+    daemon = statistics.median(pick(pair.daemon, row.field) for pair in pairs)
+    floors = [(pick(pair.floor, row.field), pair) for pair in pairs if pair.floor is not None]
+    floor = statistics.median(figure for figure, _ in floors) if floors else None
+    ratio = None
+    if floors and row.is_ratio:
+        ratio = statistics.median(pick(pair.daemon, row.field) / base for base, pair in floors)
+    measured = ratio if row.is_ratio else daemon
+    is_met = measured is None or (measured >= row.must if row.at_least else measured <= row.must)
+    print_row(
+        row.what,
+        f"{clients:,}",
+        show(floor, row.unit),
+        show(daemon, row.unit),
+        show(ratio, "x"),
+        f"{'>=' if row.at_least else '<='} {row.must:g}{'x' if row.is_ratio else ' ' + row.unit}",
+        "not judged" if measured is None else verdict(is_met),
+    )
+    return is_met
+
+
+def judge_threads(row: Row, pairs: dict[int, list[Pair]]) -> bool:
+    """Print the row for the threads, of which there are no more for more browsers."""
+    few, most = ({int(pair.daemon["threads"]) for pair in pairs[n]} for n in (FEW, MOST))
+    is_met = few == most and len(few) == 1
+    daemon = "/".join(map(str, sorted(most)))
+    print_row(row.what, f"{MOST:,}", "", daemon, "", "/".join(map(str, few)), verdict(is_met))
+    return is_met
+
+
+# --- Soak --------------------------------------------------------------------------------------
+
+SOAK_BROWSERS = 200
+SOAK_CALLS = 2_000  # a slice; then the browsers hang up and others come
+SOAK_SLICES = 100
+SOAK_LIMIT = 300.0  # seconds
+GROWTH = 1.1  # memory: what the allocator keeps differs by some percent from slice to slice
+
+
+class Holdings(NamedTuple):
+    """What a process holds."""
+
+    descriptors: int
+    threads: int
+    memory: int  # KB
+
+
+def holdings(pid: int) -> Holdings:
+    """Return what a process holds now."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    descriptors = len(os.listdir(f"/proc/{pid}/fd"))
+    return Holdings(descriptors, int(fields["Threads"]), int(fields["VmRSS"].split()[0]))
+
+
+def soak(bench: Bench, options: Options) -> bool:
+    """Print what the daemon holds after a thousand calls and after all, and tell if it grew."""
+    slices = SOAK_SLICES // 10 if options.quick else SOAK_SLICES
+    deadline = time.monotonic() + SOAK_LIMIT
+    # What is remembered for recovery is to be as much at the end as after the first thousand.
+    with bench.daemon(HISTORY="1") as server:
+        idle = holdings(server.pid)
+        first = soak_slice(bench, server, 1_000, idle)
+        last = first
+        for number in range(slices):
+            if time.monotonic() > deadline:
+                raise RunError(f"soak: {number} of {slices} slices in {SOAK_LIMIT:.0f} s")
+            last = soak_slice(bench, server, SOAK_CALLS, idle)
+            print(f"slice {number + 1} of {slices}: {last}", file=sys.stderr)
+    calls, connects = slices * SOAK_CALLS, slices * SOAK_BROWSERS
+    print(f"{calls:,} calls, {connects:,} connects and disconnects, {SOAK_BROWSERS} at a time\n")
+    print_head("what", "after 1,000 calls", "at the end", "must", "verdict")
+    verdicts = []
+    for what, before, after, growth in zip(Holdings._fields, first, last, (1, 1, GROWTH)):
+        verdicts.append(after <= before * growth)
+        print_row(what, str(before), str(after), f"<= {growth:g}x", verdict(verdicts[-1]))
+    return all(verdicts)
+
+
+def soak_slice(bench: Bench, server: Server, calls: int, idle: Holdings) -> Holdings:
+    """Connect, call, hang up; return what the daemon holds once it has seen all of them go."""
+    bench.swarm(server, SOAK_BROWSERS, burst=calls, concurrency=CONCURRENCY, settle=0)
+    wait_for(lambda: holdings(server.pid).descriptors <= idle.descriptors)
+    return holdings(server.pid)
+
+
+# --- Output and command line -------------------------------------------------------------------
+
+
+def show(figure: float | None, unit: str) -> str:
+    """Return a figure with three digits that count and its unit."""
+    if figure is None:
+        return ""
+    digits = 0 if figure >= 100 else 1 if figure >= 10 else 2
+    return f"{figure:,.{digits}f}{'' if unit in ('x', '/s') else ' '}{unit}"
+
+
+def verdict(is_met: bool) -> str:
+    """Return the word for it."""
+    return "ok" if is_met else "MISSED"
+
+
+def print_head(*names: str) -> None:
+    """Print the head of a Markdown table."""
+    print_row(*names)
+    print_row(*("---" for _ in names))
+
+
+def print_row(*cells: str) -> None:
+    """Print a row of a Markdown table."""
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+SCENARIOS = {"table": table, "soak": soak}
+
+
+def parse_args() -> tuple[str, Options]:
+    """Return the scenario and the options from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer runs, shorter ones")
+    parser.add_argument("--floor-none", action="store_true", help="the daemon alone, no ratios")
+    names = [row.name for row in ROWS]
+    parser.add_argument("--only", action="append", choices=names, default=[], help="a row's name")
+    parser.add_argument("scenario", nargs="?", choices=SCENARIOS, default="table")
+    args = parser.parse_args()
+    return args.scenario, Options(args.quick, not args.floor_none, tuple(args.only))
+
+
+def main() -> int:
+    """Compile, measure, print; return the exit status."""
+    scenario, options = parse_args()
+    raise_file_limit()
+    print(f"Python {platform.python_version()}, Linux {platform.release()}, ", end="")
+    print(f"{len(os.sched_getaffinity(0))} cores\n", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            is_met = SCENARIOS[scenario](Bench(Path(folder)), options)
+        except RunError as error:
+            print(f"MISSED: {error}")
+            is_met = False
+    return 0 if is_met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
