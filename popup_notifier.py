@@ -36,6 +36,7 @@ import hashlib
 import hmac
 import http.server
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -68,8 +69,11 @@ MAX_BACKLOG = 512 * 1024  # may wait for one browser: some 2,000 calls
 FLUSH_SIZE = 64 * 1024  # offered to a slow browser's socket at once
 READ_SIZE = 16 * 1024  # taken from one browser before the next has its turn
 ARRIVALS = 256  # browsers that may wait to be listened to before the I/O thread is woken
+LOGGED_EXTENS = 10  # this many are named when nobody wanted a call
 LOGGED_ARRIVALS = 4  # of browsers that come at once, this many are named in the log
 CLOSE_TIMEOUT = 1.0  # a browser has this long to take its Close frame and hang up
+ID_RESERVE = 60_000  # milliseconds that IDs are reserved ahead: one file written a minute
+MAX_HISTORY = 20_000  # calls remembered at most, whatever HISTORY says: some 30 MB
 STOP_TIMEOUT = 3.0  # all of them together have this long when the daemon ends
 
 # Limits of section 5, in bytes, counts and seconds. Other servers allow heads of 8 to 64 KiB; a
@@ -78,13 +82,15 @@ MAX_HEAD = 16 * 1024
 MAX_FIELDS = 64
 MAX_BODY = 64 * 1024
 MAX_PARAMETERS = 32
-MAX_NAME = 64  # characters
+MAX_NAME = 64  # characters, of extensions too
+MAX_EXTENS = 100  # that one browser may ask for
 MAX_VALUE = 2048  # characters; the longest caller ID that Asterisk keeps has 256
 REQUEST_TIMEOUT = 10.0  # from the first byte of a request to its last
 DRAIN_TIMEOUT = 1.0  # a refused peer has this long to take our answer and hang up
 # socketserver asks for a queue of 5 connections: a restart with 10,000 browsers would lose most
 # of their handshakes. The kernel cuts this down to net.core.somaxconn.
 LISTEN_QUEUE = 4096
+MAX_THREADS = 32  # requests that are answered in threads at a time
 ACCEPT_BATCH = 64  # connections accepted before those that wait are looked at again
 ACCEPT_PAUSE = 0.1  # no accepting for this long when descriptors have run out
 MAX_FILES = 1 << 20  # open files we ask for at most: some systems have no limit but want one
@@ -162,6 +168,7 @@ class Config(NamedTuple):
     crmws_allow: AccessList
     ping_interval: int  # seconds
     max_browsers: int
+    history: int  # seconds
 
 
 class Key(NamedTuple):
@@ -236,6 +243,7 @@ KEYS = (
     Key("CRMWS_ALLOW", "", parse_networks),
     Key("PING_INTERVAL", "25", parse_number(1, 3600)),
     Key("MAX_BROWSERS", "10000", parse_number(1, 1_000_000)),
+    Key("HISTORY", "60", parse_number(0, 86400)),
 )
 KEY_BY_NAME = {name: key for key in KEYS for name in (key.name, key.alias) if name}
 
@@ -722,25 +730,149 @@ WOULD_BLOCK = (BlockingIOError, InterruptedError)
 PING = serialize_frame(Opcode.PING, b"")
 
 
-class Call(NamedTuple):
-    """A call that rings, on its way to the browsers."""
+ALL = "all"
+ALIVE = serialize_frame(Opcode.TEXT, b'{"type": "ALIVE"}')
+ID_PATTERN = re.compile(r"([0-9]{1,15})-([0-9]{1,9})")
 
-    id: str  # milliseconds-sequence, strictly increasing
+
+class CallID(NamedTuple):
+    """Names a call, and a position in the stream of calls: it is written milliseconds-sequence."""
+
+    milliseconds: int
+    sequence: int
+
+    def __str__(self) -> str:
+        return f"{self.milliseconds}-{self.sequence}"
+
+
+def parse_id(text: str) -> CallID:
+    """Return the ID that a text is; raises ValueError."""
+    matched = ID_PATTERN.fullmatch(text)
+    if matched is None:
+        raise ValueError(f"{quote(text)} is not MILLISECONDS-SEQUENCE")
+    return CallID(int(matched[1]), int(matched[2]))
+
+
+class IDSource:
+    """Gives IDs that strictly increase, over restarts and a clock that is set back too.
+
+    A file keeps a time that no ID has reached yet, a minute ahead; a daemon that is started while
+    the clock says less goes on from there. Without a file only this process is kept in order.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._reserved = 0
+        if path is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._reserved = int(path.read_text()[:20])
+        self.last = CallID(max(int(time.time() * 1000), self._reserved), 0)
+        self._reserve(self.last.milliseconds + ID_RESERVE)
+
+    def next(self) -> CallID:
+        """Return a new ID."""
+        now = int(time.time() * 1000)
+        milliseconds, sequence = self.last
+        self.last = CallID(now, 0) if now > milliseconds else CallID(milliseconds, sequence + 1)
+        if self.last.milliseconds >= self._reserved:
+            self._reserve(self.last.milliseconds + ID_RESERVE)
+        return self.last
+
+    def close(self) -> None:
+        """Give back what was reserved."""
+        self._reserve(self.last.milliseconds + 1)
+
+    def _reserve(self, milliseconds: int) -> None:
+        self._reserved = milliseconds
+        if self._path is None:
+            return
+        try:
+            draft = self._path.with_suffix(".new")
+            draft.write_text(f"{milliseconds}\n")
+            draft.replace(self._path)
+        except OSError as error:
+            log.warning("cannot write %s: %s", self._path, error.strerror)
+            self._path = None
+
+
+class Call(NamedTuple):
+    """A call on its way to the browsers."""
+
+    id: CallID
     parameters: Mapping[str, str]  # phone, exten and what else was sent, but for the token
     source: str  # the address that triggered it
-    frame: bytes
+    extens: frozenset[str]  # who is told: in lower case; "all" is everybody
+    payload: bytes  # the message
+    frame: bytes  # the same as it is sent
+
+    def replay_frame(self) -> bytes:
+        """Return the frame for a browser that missed the call."""
+        return serialize_frame(Opcode.TEXT, self.payload[:-1] + b', "replayed": true}')
 
 
-def serialize_call(call_id: str, parameters: Mapping[str, str]) -> bytes:
-    """Return the frame of a call: ASCII, so that no caller ID can break it on its way."""
+def split_extens(text: str) -> frozenset[str]:
+    """Return the extensions of a comma-separated list, in lower case."""
+    return frozenset(each.strip().lower() for each in text.split(",") if each.strip())
+
+
+def make_call(
+    call_id: CallID, parameters: Mapping[str, str], source: str, extens: frozenset[str]
+) -> Call:
+    """Return a call; its message is ASCII, so that no caller ID can break it on its way."""
     message = {
         "type": "CALL_IN",
-        "id": call_id,
+        "id": str(call_id),
         "phone": parameters["phone"],
         "exten": parameters["exten"],
         "data": parameters,
     }
-    return serialize_frame(Opcode.TEXT, json.dumps(message).encode("ascii"))
+    payload = json.dumps(message).encode("ascii")
+    frame = serialize_frame(Opcode.TEXT, payload)
+    return Call(call_id, parameters, source, extens, payload, frame)
+
+
+class History:
+    """The calls of the last seconds, for browsers that lost their connection meanwhile."""
+
+    def __init__(self, seconds: float, begin: CallID) -> None:
+        self.seconds = seconds
+        self._calls: collections.deque[tuple[float, Call]] = collections.deque()
+        self._forgotten = begin  # every call after it is remembered
+        # Who was told of a call by its uniqueid, the latest last: who saw it ring must hear that
+        # it was answered, even by another extension.
+        self._told: collections.OrderedDict[str, frozenset[str]] = collections.OrderedDict()
+
+    def add(self, call: Call) -> None:
+        """Remember a call, and forget the old ones."""
+        self._calls.append((time.monotonic(), call))
+        self._forget()
+        unique = call.parameters.get("uniqueid")
+        if unique:
+            self._told[unique] = call.extens | self._told.pop(unique, frozenset())
+            if len(self._told) > MAX_HISTORY:
+                self._told.popitem(last=False)
+
+    def audience_of(self, parameters: Mapping[str, str]) -> frozenset[str]:
+        """Return the extensions to be told: of an answer or end, also who saw the call ring."""
+        extens = split_extens(parameters["exten"]) or frozenset([ALL])
+        if parameters.get("event") in ("answer", "end"):
+            extens |= self._told.get(parameters.get("uniqueid", ""), frozenset())
+        return extens
+
+    def since(self, position: CallID) -> tuple[list[Call], bool]:
+        """Return the calls after a position, and whether these are all that there were."""
+        self._forget()
+        missed: list[Call] = []
+        for _, call in reversed(self._calls):
+            if call.id <= position:
+                break
+            missed.append(call)
+        return missed[::-1], position >= self._forgotten
+
+    def _forget(self) -> None:
+        oldest = time.monotonic() - self.seconds
+        while self._calls and (self._calls[0][0] < oldest or len(self._calls) > MAX_HISTORY):
+            self._forgotten = self._calls.popleft()[1].id
 
 
 class Waker:
@@ -821,27 +953,92 @@ class Subscriber:
         "backlog",
         "calls_before",
         "deadline",
+        "extens",
         "is_gone",
         "last_heard",
         "leftover",
+        "max_backlog",
+        "missed",
         "next_ping",
         "protocol",
         "send",
+        "since",
         "sock",
     )
 
-    def __init__(self, sock: socket.socket, address: IPAddress, leftover: bytes) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        address: IPAddress,
+        extens: frozenset[str] = frozenset(),
+        since: CallID | str | None = None,
+        leftover: bytes = b"",
+    ) -> None:
         self.sock = sock  # non-blocking
         self.send = sock.send
         self.address = address
+        self.extens = extens  # whose calls it wants; none: every call
+        self.since = since  # recovers from there; "": from now on; None: it does not
         self.leftover = leftover  # what came behind the handshake
         self.calls_before = 0  # waiting calls that came before this browser
+        self.missed: list[Call] = []  # calls since `since`
+        self.max_backlog = MAX_BACKLOG
         self.protocol = WebSocketProtocol()
         self.backlog: Backlog | None = None  # None: all was sent
         self.last_heard = 0.0  # monotonic seconds
         self.next_ping = 0.0
         self.deadline: float | None = None  # set when it leaves: gone by then
         self.is_gone = False
+
+    def wants(self, call: Call) -> bool:
+        """Tell whether a call is for this browser."""
+        return not self.extens or ALL in call.extens or not self.extens.isdisjoint(call.extens)
+
+
+class Audience:
+    """Browsers by what they want to hear: a call costs by who hears it, not by who is here."""
+
+    def __init__(self) -> None:
+        self.unfiltered: dict[Subscriber, None] = {}  # want every call
+        self._filtered: dict[Subscriber, None] = {}
+        self._by_exten: dict[str, dict[Subscriber, None]] = {}
+
+    def __len__(self) -> int:
+        return len(self.unfiltered) + len(self._filtered)
+
+    def __iter__(self) -> Iterator[Subscriber]:
+        return itertools.chain(self.unfiltered, self._filtered)
+
+    def add(self, subscriber: Subscriber) -> None:
+        """Take a browser in."""
+        (self._filtered if subscriber.extens else self.unfiltered)[subscriber] = None
+        for exten in subscriber.extens:
+            self._by_exten.setdefault(exten, {})[subscriber] = None
+
+    def discard(self, subscriber: Subscriber) -> None:
+        """Let a browser go, if it is here."""
+        self.unfiltered.pop(subscriber, None)
+        if self._filtered.pop(subscriber, self) is self:
+            return
+        for exten in subscriber.extens:
+            del self._by_exten[exten][subscriber]
+            if not self._by_exten[exten]:
+                del self._by_exten[exten]
+
+    def filtered(self, extens: frozenset[str]) -> dict[Subscriber, None]:
+        """Return those who asked for one of these extensions; do not change it."""
+        if ALL in extens:
+            return self._filtered
+        found = [self._by_exten[exten] for exten in extens if exten in self._by_exten]
+        return found[0] if len(found) == 1 else dict.fromkeys(itertools.chain(*found))
+
+    def describe(self) -> str:
+        """Return who is here, for the log."""
+        if not len(self):
+            return "none is connected"
+        names = ", ".join(itertools.islice(self._by_exten, LOGGED_EXTENS))
+        more = len(self._by_exten) - LOGGED_EXTENS
+        return f"{len(self)} connected, for {names}" + (f" and {more} more" if more > 0 else "")
 
 
 class Hub:
@@ -850,7 +1047,9 @@ class Hub:
     Other threads call start, subscribe, broadcast and close, which never wait for a browser.
     """
 
-    def __init__(self, ping_interval: float, max_browsers: int) -> None:
+    def __init__(
+        self, ping_interval: float, max_browsers: int, history: float, ids: IDSource
+    ) -> None:
         self.ping_interval = ping_interval
         self.max_browsers = max_browsers
         self.has_failed = False
@@ -861,12 +1060,13 @@ class Hub:
         self._registry: set[Subscriber] = set()
         self._arrivals: list[Subscriber] = []
         self._calls: list[Call] = []
-        self._last_id = (0, 0)
+        self._ids = ids
+        self._history = History(history, ids.last)
         self._is_closing = False
         # The I/O thread's own.
         self._now = time.monotonic()
         self._selector = selectors.DefaultSelector()
-        self._audience: dict[Subscriber, None] = {}  # the registry without the arrivals
+        self._audience = Audience()  # the registry without the arrivals
         self._pings: collections.deque[Subscriber] = collections.deque()  # by next_ping
         self._leaving: collections.deque[Subscriber] = collections.deque()  # by deadline
         self._stop_deadline: float | None = None
@@ -890,6 +1090,8 @@ class Hub:
             if self._is_closing or len(self._registry) >= self.max_browsers:
                 return False
             subscriber.calls_before = len(self._calls)
+            if subscriber.since is not None:
+                greeting += self._recover(subscriber, subscriber.since)
             self._registry.add(subscriber)
             self._arrivals.append(subscriber)
             # A call triggered from here on waits for the lock, and so comes behind the greeting.
@@ -913,9 +1115,10 @@ class Hub:
     def broadcast(self, parameters: Mapping[str, str], source: str) -> None:
         """Queue a call for every browser here now."""
         with self._lock:
-            call_id = self._next_id()
-            frame = serialize_call(call_id, parameters)
-            self._calls.append(Call(call_id, parameters, source, frame))
+            extens = self._history.audience_of(parameters)
+            call = make_call(self._ids.next(), parameters, source, extens)
+            self._history.add(call)
+            self._calls.append(call)
             is_first = len(self._calls) == 1
         if is_first:
             self._waker.wake()
@@ -927,13 +1130,22 @@ class Hub:
         self._waker.wake()
         if self._thread is not None:
             self._thread.join(STOP_TIMEOUT + CLOSE_TIMEOUT)
+        self._ids.close()
 
-    def _next_id(self) -> str:
-        """Return the next call's ID: a wall clock that is set back stands still here."""
-        last, sequence = self._last_id
-        now = int(time.time() * 1000)
-        self._last_id = (now, 0) if now > last else (last, sequence + 1)
-        return "{}-{}".format(*self._last_id)
+    def _recover(self, subscriber: Subscriber, since: CallID | str) -> bytes:
+        """Note what a browser missed; return its HELLO. Under the lock: no gap, nothing twice."""
+        is_complete = True
+        if isinstance(since, CallID):
+            missed, is_complete = self._history.since(since)
+            subscriber.missed = [call for call in missed if subscriber.wants(call)]
+        hello = {
+            "type": "HELLO",
+            "id": str(self._ids.last),
+            "complete": is_complete,
+            "interval": self.ping_interval,
+            "time": int(time.time() * 1000),
+        }
+        return serialize_frame(Opcode.TEXT, json.dumps(hello).encode("ascii"))
 
     # The I/O thread's.
 
@@ -987,39 +1199,55 @@ class Hub:
             self._abort(subscriber)
 
     def _take_over(self) -> None:
-        """Deliver the calls that wait to those who were here, then welcome the arrivals."""
+        """Deliver the calls that wait to those who were here, then admit the arrivals."""
         with self._lock:
             calls, self._calls = self._calls, []
             arrivals, self._arrivals = self._arrivals, []
-        audience = list(self._audience) if calls else []
-        frames = b"".join([call.frame for call in calls])
-        for subscriber in audience:
-            self._write(subscriber, frames)
+        counts = self._deliver(calls) if calls else []
         for subscriber in arrivals:
-            self._admit(subscriber, calls[subscriber.calls_before :])
+            later = [call for call in calls[subscriber.calls_before :] if subscriber.wants(call)]
+            self._admit(subscriber, later)
         if arrivals:
             self._log_arrivals(arrivals)
-        for index, call in enumerate(calls):
-            count = len(audience) + sum(each.calls_before <= index for each in arrivals)
-            log.info(
-                "call %s: phone=%s exten=%s from %s to %d browser%s",
-                call.id,
-                quote(call.parameters["phone"]),
-                quote(call.parameters["exten"]),
-                call.source,
-                count,
-                "" if count == 1 else "s",
-            )
+        for index, (call, count) in enumerate(zip(calls, counts)):
+            late = [each for each in arrivals if each.calls_before <= index and each.wants(call)]
+            self._log_call(call, count + len(late))
+
+    def _deliver(self, calls: list[Call]) -> list[int]:
+        """Send calls, those for one browser in one go; return how many browsers get each."""
+        frames = b"".join([call.frame for call in calls])
+        unfiltered = list(self._audience.unfiltered)
+        for subscriber in unfiltered:
+            self._write(subscriber, frames)
+        shares: dict[Subscriber, bytes] = {}
+        counts = []
+        for extens, group in itertools.groupby(calls, lambda call: call.extens):
+            alike = list(group)
+            listeners = self._audience.filtered(extens)
+            counts += [len(unfiltered) + len(listeners)] * len(alike)
+            frames = b"".join([call.frame for call in alike])
+            for subscriber in listeners:
+                shares[subscriber] = (
+                    shares[subscriber] + frames if subscriber in shares else frames
+                )
+        for subscriber, frames in shares.items():
+            self._write(subscriber, frames)
+        return counts
 
     def _admit(self, subscriber: Subscriber, calls: list[Call]) -> None:
-        """Listen to a browser, and send it the calls that came since its 101."""
+        """Listen to a browser; send what it missed and the calls that came since its 101."""
         subscriber.last_heard = self._now
         subscriber.next_ping = self._now + self.ping_interval
         self._selector.register(subscriber.sock, selectors.EVENT_READ, subscriber)
         self._pings.append(subscriber)
-        self._audience[subscriber] = None
-        if calls:
-            self._write(subscriber, b"".join([call.frame for call in calls]))
+        self._audience.add(subscriber)
+        frames = b"".join([call.replay_frame() for call in subscriber.missed])
+        subscriber.missed = []
+        # It may be long: the bound is for what comes on top.
+        subscriber.max_backlog += len(frames)
+        frames += b"".join([call.frame for call in calls])
+        if frames:
+            self._write(subscriber, frames)
         if subscriber.leftover and not subscriber.is_gone:
             self._digest(subscriber, subscriber.leftover)
         subscriber.leftover = b""
@@ -1040,7 +1268,7 @@ class Hub:
                 return
             subscriber.backlog = Backlog(frames, sent)
             self._watch(subscriber, selectors.EVENT_READ | selectors.EVENT_WRITE)
-        if subscriber.backlog.size > MAX_BACKLOG:
+        if subscriber.backlog.size > subscriber.max_backlog:
             self._evict(subscriber)
 
     def _flush(self, subscriber: Subscriber) -> None:
@@ -1121,7 +1349,7 @@ class Hub:
                 continue
             subscriber.next_ping = self._now + self.ping_interval
             self._pings.append(subscriber)
-            self._write(subscriber, PING)
+            self._write(subscriber, PING if subscriber.since is None else ALIVE + PING)
 
     def _evict(self, subscriber: Subscriber) -> None:
         """Give up on a browser that does not keep up; it can come back."""
@@ -1179,6 +1407,19 @@ class Hub:
             self._selector.unregister(subscriber.sock)
             subscriber.sock.close()
 
+    def _log_call(self, call: Call, count: int) -> None:
+        """Log who called whom, and how many browsers got it; if none did, why."""
+        log.info(
+            "call %s: phone=%s exten=%s from %s to %d browser%s%s",
+            call.id,
+            quote(call.parameters["phone"]),
+            quote(call.parameters["exten"]),
+            call.source,
+            count,
+            "" if count == 1 else "s",
+            "" if count else f": {self._audience.describe()}",
+        )
+
     def _log_arrivals(self, arrivals: list[Subscriber]) -> None:
         """Log who came, in one line: after a restart all come within a second."""
         named = ", ".join([str(each.address) for each in arrivals[:LOGGED_ARRIVALS]])
@@ -1193,7 +1434,7 @@ class Hub:
         )
 
     def _strike_off(self, subscriber: Subscriber) -> None:
-        self._audience.pop(subscriber, None)
+        self._audience.discard(subscriber)
         with self._lock:
             self._registry.discard(subscriber)
 
@@ -1208,6 +1449,8 @@ FIELD_LINES = re.compile(rf"(?:{TOKEN_CHARS}:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*")
 AUTHORITY = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
 HEAD_END = b"\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+SCRIPT_NAME = "popup-sample.js"
+SCRIPT_FOLDERS = (Path(__file__).resolve().parent, Path("/usr/local/share/popup-notifier"))
 FORM = "application/x-www-form-urlencoded"
 JSON = "application/json"
 
@@ -1281,9 +1524,11 @@ def content_length(fields: Mapping[str, str]) -> int:
     return int(length)
 
 
-def serialize_response(status: HTTPStatus, body: str, fields: Mapping[str, str]) -> bytes:
-    """Return a whole response with a text; the connection ends with it."""
-    content = body.encode()
+def serialize_response(
+    status: HTTPStatus, body: str | bytes, fields: Mapping[str, str] | None = None
+) -> bytes:
+    """Return a whole response; the connection ends with it."""
+    content = body.encode() if isinstance(body, str) else body
     head = {
         "Date": http_date(int(time.time())),
         "Connection": "close",
@@ -1291,7 +1536,7 @@ def serialize_response(status: HTTPStatus, body: str, fields: Mapping[str, str])
         "Content-Length": str(len(content)),
         "Cache-Control": "no-store",
         "X-Content-Type-Options": "nosniff",
-        **fields,
+        **(fields or {}),
     }
     return serialize_head(status, head) + content
 
@@ -1300,6 +1545,11 @@ def serialize_response(status: HTTPStatus, body: str, fields: Mapping[str, str])
 def http_date(second: int) -> str:
     """Return a Date field's value."""
     return email.utils.formatdate(second, usegmt=True)
+
+
+def serialize_refusal(error: RequestError) -> bytes:
+    """Return the response that says in one sentence what is wrong."""
+    return serialize_response(error.status, f"{error.status.phrase}: {error}\n", error.fields)
 
 
 def serialize_head(status: HTTPStatus, fields: Mapping[str, str]) -> bytes:
@@ -1389,6 +1639,11 @@ def check_value(name: str, value: object) -> str:
     except UnicodeEncodeError:
         raise bad_request(f"{quote(name)} is not UTF-8") from None
     return value
+
+
+INTERNAL_ERROR = serialize_response(
+    HTTPStatus.INTERNAL_SERVER_ERROR, "Internal Server Error: popup-notifier's log says more\n"
+)
 
 
 class Connection:
@@ -1508,7 +1763,9 @@ class Server(http.server.ThreadingHTTPServer):
         if config.listen is not None:
             host = str(config.listen)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, config.port), RequestHandler)
+        self._free_threads = threading.BoundedSemaphore(MAX_THREADS)
+        # Our own RequestHandler is called where the parent would call this one.
+        super().__init__((host, config.port), socketserver.BaseRequestHandler)
         self.socket.setblocking(False)
         # Accepted sockets inherit it: a frame must not wait for the last one's acknowledgement.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
@@ -1649,8 +1906,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Return what a request asks for, if this address may: 404, then 405, then 403."""
         route = ROUTES.get(request.path)
         if route is None:
-            known = " and ".join(ROUTES)
-            reason = f"{quote(request.path)} is not here; {known} are"
+            reason = f"{quote(request.path)} is not here; known are {', '.join(ROUTES)}"
             raise RequestError(HTTPStatus.NOT_FOUND, reason)
         if request.method != route.method:
             reason = f"{request.path} takes {route.method} only"
@@ -1661,22 +1917,50 @@ class Server(http.server.ThreadingHTTPServer):
         return route
 
     def _answer(self, connection: Connection) -> None:
-        """Have a whole request answered."""
+        """Answer a whole request, here or, if that may take a while, in a thread."""
+        assert connection.route is not None
+        if connection.route.is_slow:
+            if not self._free_threads.acquire(blocking=False):
+                raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "busy", Retry_After="1")
+            self.process_request(connection, connection.address)  # type: ignore[arg-type]
+            return
         try:
-            # The parent would hand over the bare socket.
-            RequestHandler(connection, connection.address, self)  # type: ignore[arg-type]
-        except RequestError as error:
-            self._refuse(connection, error)
+            response = RequestHandler(connection, self).respond()
+        except RequestError:
+            raise
         except Exception:
             log.exception("a request from %s met a bug", connection.address)
-            reason = "popup-notifier's log says more"
-            self._refuse(connection, RequestError(HTTPStatus.INTERNAL_SERVER_ERROR, reason))
+            response = INTERNAL_ERROR
+        if response is not None:
+            self._send(connection, response)
+            self._hang_up(connection)
+
+    # ThreadingMixIn's process_request() runs this in a thread of its own.
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer a whole request, waiting for the disk and the peer."""
+        connection: Connection = request
+        try:
+            connection.sock.settimeout(REQUEST_TIMEOUT)
+            connection.sock.sendall(RequestHandler(connection, self).respond() or b"")
+        except RequestError as error:
+            self.refusals.add(connection.address, error)
+            with contextlib.suppress(OSError):
+                connection.sock.sendall(serialize_refusal(error))
+        except OSError as error:
+            log.info("%s left before its answer was sent: %s", client_address, error)
+        except Exception:
+            log.exception("a request from %s met a bug", client_address)
+        finally:
+            connection.sock.close()
+            self._free_threads.release()
 
     def _refuse(self, connection: Connection, error: RequestError) -> None:
         """Answer with an error; a peer that is still sending gets time to read it."""
         self.refusals.add(connection.address, error)
-        text = f"{error.status.phrase}: {error}\n"
-        self._send(connection, serialize_response(error.status, text, error.fields))
+        if connection.request is not None and connection.request.path == "/crmws":
+            # A page can't see why its handshake was refused, but may ask for the same by fetch().
+            error.fields["Access-Control-Allow-Origin"] = "*"
+        self._send(connection, serialize_refusal(error))
         self._leave_room(connection)
         if connection.is_complete:
             self._hang_up(connection)
@@ -1685,11 +1969,6 @@ class Server(http.server.ThreadingHTTPServer):
         with contextlib.suppress(OSError):
             connection.sock.shutdown(socket.SHUT_WR)
         self._enter_room(connection, self._rooms.draining)
-
-    def respond(self, connection: Connection, text: str) -> None:
-        """Answer a whole request with 200 and hang up."""
-        self._send(connection, serialize_response(HTTPStatus.OK, text, {}))
-        self._hang_up(connection)
 
     def _send(self, connection: Connection, data: bytes) -> None:
         """Send what fits any socket's buffer to a peer that may be gone."""
@@ -1701,42 +1980,36 @@ class Server(http.server.ThreadingHTTPServer):
         connection.sock.close()
 
 
-class Route(NamedTuple):
-    """Who may ask for a path how, and what answers."""
-
-    method: str
-    access_list: str  # the key of the configuration
-    handler: Callable[[RequestHandler], None]
-
-
-class RequestHandler(socketserver.BaseRequestHandler):
+class RequestHandler:
     """Answers one whole request; raises RequestError for those it refuses."""
 
-    request: Connection
-    server: Server
+    def __init__(self, connection: Connection, server: Server) -> None:
+        assert connection.request is not None and connection.route is not None
+        self.connection = connection
+        self.request = connection.request
+        self.route = connection.route
+        self.server = server
 
-    def handle(self) -> None:
-        """Do what the request asks for."""
-        assert self.request.request is not None and self.request.route is not None
-        self.head = self.request.request
-        self.request.route.handler(self)
+    def respond(self) -> bytes | None:
+        """Return the response; None when the connection has become the Hub's."""
+        return self.route.handle(self)
 
-    def handle_trigger(self) -> None:
+    def handle_trigger(self) -> bytes:
         """Take a call from the PBX: POST /api/trigger."""
-        pairs = parse_form(self.head.query)
+        pairs = parse_form(self.request.query)
         try:
-            pairs += parse_body(self.head, self.request.rest[: self.head.content_length])
+            pairs += parse_body(self.request, self.connection.rest[: self.request.content_length])
         except RequestError:
             self.check_token(pairs)
             raise
         self.check_token(pairs)
-        self.server.hub.broadcast(check_parameters(pairs), str(self.client_address))
-        self.server.respond(self.request, "OK")
+        self.server.hub.broadcast(check_parameters(pairs), str(self.connection.address))
+        return serialize_response(HTTPStatus.OK, "OK")
 
     def check_token(self, pairs: Iterable[tuple[str, object]]) -> None:
         """Refuse a trigger without the right token, in constant time."""
         given = [str(value) for name, value in pairs if name == "token"]
-        scheme, _, bearer = self.head.fields.get("authorization", "").partition(" ")
+        scheme, _, bearer = self.request.fields.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             given.append(bearer.strip())
         token = self.server.config.secret_token.encode()
@@ -1746,26 +2019,188 @@ class RequestHandler(socketserver.BaseRequestHandler):
 
     def handle_upgrade(self) -> None:
         """Hand a browser over to the Hub: GET /crmws."""
-        if self.head.minor == 0:
+        if self.request.minor == 0:
             raise upgrade_required("WebSocket needs HTTP/1.1, also from a proxy on the way")
-        accept = check_handshake(self.head.fields)
-        if self.head.content_length:
+        accept = check_handshake(self.request.fields)
+        if self.request.content_length:
             raise bad_request("a handshake has no body")
+        extens, since = parse_subscription(self.request.query)
         greeting = serialize_head(
             HTTPStatus.SWITCHING_PROTOCOLS,
             {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": accept},
         )
-        connection = self.request
-        subscriber = Subscriber(connection.sock, connection.address, connection.rest)
-        if not self.server.hub.subscribe(subscriber, greeting):
-            reason = f"{self.server.hub.max_browsers} browsers are connected, no more may be"
+        connection, hub = self.connection, self.server.hub
+        subscriber = Subscriber(
+            connection.sock, connection.address, extens, since, connection.rest
+        )
+        if not hub.subscribe(subscriber, greeting):
+            reason = f"{hub.max_browsers} browsers are connected, no more may be"
             raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, reason, Retry_After="30")
+
+    def handle_status_page(self) -> bytes:
+        """Show that it all works: GET /."""
+        fields = {"Content-Security-Policy": status_page_policy(STATUS_PAGE)}
+        return self.serve(STATUS_PAGE.encode(), "text/html; charset=utf-8", fields)
+
+    def handle_script(self) -> bytes:
+        """Serve the browser client: GET /popup-sample.js."""
+        for folder in SCRIPT_FOLDERS:
+            try:
+                content = (folder / SCRIPT_NAME).read_bytes()
+            except OSError:
+                continue
+            return self.serve(content, "text/javascript; charset=utf-8", {})
+        places = " and ".join(map(str, SCRIPT_FOLDERS))
+        reason = f"{SCRIPT_NAME} is in none of the folders {places}: copy it there"
+        raise RequestError(HTTPStatus.NOT_FOUND, reason)
+
+    def serve(self, content: bytes, kind: str, fields: dict[str, str]) -> bytes:
+        """Return a resource, or that the browser has it already (RFC 9110 section 13.1.2)."""
+        tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+        fields = {"Content-Type": kind, "Cache-Control": "no-cache", "ETag": tag, **fields}
+        if tag in [
+            each.strip() for each in self.request.fields.get("if-none-match", "").split(",")
+        ]:
+            return serialize_response(HTTPStatus.NOT_MODIFIED, b"", fields)
+        return serialize_response(HTTPStatus.OK, content, fields)
+
+
+def parse_subscription(query: bytes) -> tuple[frozenset[str], CallID | str | None]:
+    """Return the extensions that a browser asks for, and from where it recovers."""
+    extens: set[str] = set()
+    since: CallID | str | None = None
+    for name, value in parse_form(query):
+        text = str(value)
+        if name == "exten":
+            extens |= split_extens(text)
+        elif name == "since":
+            try:
+                since = parse_id(text) if text else ""
+            except ValueError as error:
+                raise bad_request(f"since: {error}") from None
+    if len(extens) > MAX_EXTENS or any(len(each) > MAX_NAME for each in extens):
+        raise bad_request(f"more than {MAX_EXTENS} extensions, or of over {MAX_NAME} characters")
+    return frozenset(extens), since
+
+
+def status_page_policy(page: str) -> str:
+    """Return the Content-Security-Policy that admits the page's own script and style alone."""
+
+    def hashes(tag: str) -> str:
+        texts = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()) for text in texts]
+        return " ".join(f"'sha256-{digest.decode()}'" for digest in digests)
+
+    return (
+        f"default-src 'none'; script-src 'self' {hashes('script')}; style-src {hashes('style')}; "
+        "connect-src 'self' ws: wss:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    )
+
+
+class Route(NamedTuple):
+    """Who may ask for a path how, and what answers."""
+
+    method: str
+    access_list: str  # the key of the configuration
+    handle: Callable[[RequestHandler], bytes | None]
+    is_slow: bool = False  # answered in a thread
 
 
 ROUTES = {
     "/api/trigger": Route("POST", "TRIGGER_ALLOW", RequestHandler.handle_trigger),
     "/crmws": Route("GET", "CRMWS_ALLOW", RequestHandler.handle_upgrade),
+    "/": Route("GET", "CRMWS_ALLOW", RequestHandler.handle_status_page, is_slow=True),
+    f"/{SCRIPT_NAME}": Route("GET", "CRMWS_ALLOW", RequestHandler.handle_script, is_slow=True),
 }
+
+STATUS_PAGE = r"""<!doctype html>
+<html lang="ja">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>popup-notifier</title>
+<style>
+  :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --paper: #f6f8fa; --card: #fff; --rule: #d1d9e0;
+    --good: #1a7f37; --wait: #9a6700; --bad: #cf222e }
+  @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9198a1; --paper: #0d1117; --card: #161b22;
+    --rule: #3d444d; --good: #3fb950; --wait: #d29922; --bad: #ff7b72 } }
+  body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
+  main { max-width: 860px; margin: 0 auto; padding: 24px 16px }
+  h1 { margin: 0 0 16px; font-size: 1.25rem }
+  #state { display: flex; align-items: center; gap: 12px; padding: 16px; border: 1px solid var(--rule);
+    border-left: 6px solid var(--wait); border-radius: 8px; background: var(--card); font-size: 1.25rem; font-weight: 600 }
+  #state::before { content: "…"; color: var(--wait) }
+  #state.open { border-left-color: var(--good) } #state.open::before { content: "✓"; color: var(--good) }
+  #state.bad { border-left-color: var(--bad) } #state.bad::before { content: "!"; color: var(--bad) }
+  form { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; margin: 20px 0 }
+  input, button { font: inherit; color: inherit; padding: 6px 10px; border: 1px solid var(--soft); border-radius: 6px;
+    background: var(--card) }
+  input { width: 9em } button { cursor: pointer }
+  #empty { color: var(--soft) }
+  pre { padding: 12px; border: 1px solid var(--rule); border-radius: 8px; background: var(--card); color: var(--ink);
+    white-space: pre-wrap; overflow-wrap: anywhere }
+  table { width: 100%; border-collapse: collapse; background: var(--card); overflow-wrap: anywhere }
+  th, td { padding: 8px 12px; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top }
+  th { color: var(--soft); font-size: .875rem; font-weight: 600 }
+  td { unicode-bidi: isolate } td:nth-child(2) { font-weight: 600 }
+  td:first-child { white-space: nowrap } td:nth-child(2) { min-width: 7em }
+  :focus-visible { outline: 3px solid #0969da; outline-offset: 2px }
+  @media (max-width: 540px) { th, td { padding: 8px 4px; font-size: .875rem } }
+</style>
+<main>
+  <h1>popup-notifier</h1>
+  <p id="state" role="status"></p>
+  <form>
+    <label for="exten" data-say="exten"></label>
+    <input id="exten" name="exten" inputmode="numeric" placeholder="201,202" autocomplete="off">
+    <button data-say="apply"></button>
+  </form>
+  <section id="empty"><p data-say="empty"></p><pre tabindex="0"></pre></section>
+  <table hidden>
+    <thead><tr><th scope="col" data-say="time"><th scope="col" data-say="phone"><th scope="col" data-say="name"><th scope="col" data-say="called"></thead>
+    <tbody aria-live="polite"></tbody>
+  </table>
+</main>
+<script src="/popup-sample.js" data-manual></script>
+<script>
+  'use strict';
+  const MAX_ROWS = 50;
+  const WORDS = {
+    exten: ['Extension (empty: all)', '内線 (空欄: すべて)'], apply: ['Show', '表示'],
+    empty: ['No call yet. Try this on the PBX:', 'まだ着信がありません。PBX で次のコマンドを試してください。'],
+    time: ['Time', '時刻'], phone: ['Caller', '発信者'], name: ['Name', '名前'], called: ['Extension', '内線'],
+    withheld: ['withheld', '非通知'], missed: ['while offline', '切断中'], answer: ['answered', '応答'], end: ['ended', '終了'],
+  };
+  const isJapanese = /^ja\b/i.test(navigator.language);
+  const say = (key) => WORDS[key][isJapanese ? 1 : 0];
+  const find = (selector) => document.querySelector(selector);
+
+  document.documentElement.lang = isJapanese ? 'ja' : 'en';
+  document.querySelectorAll('[data-say]').forEach((node) => { node.textContent = say(node.dataset.say); });
+  find('#exten').value = new URLSearchParams(location.search).get('exten') || '';
+  find('pre').textContent = `curl -m 1 -X POST "${location.origin}/api/trigger?phone=0312345678&exten=`
+    + `${encodeURIComponent(find('#exten').value.split(',')[0].trim() || 'all')}&token=SECRET_TOKEN"`;
+
+  function showStatus({ state, reason, text }) {
+    find('#state').textContent = text;
+    find('#state').className = state === 'open' && !reason ? 'open' : reason ? 'bad' : '';
+    document.title = `${state === 'open' ? '✓' : '!'} popup-notifier`;
+    return false; // no notice: it is all said here
+  }
+
+  function showCall({ time, phone, name, exten, event, missed }) {
+    find('#empty').hidden = true;
+    find('table').hidden = false;
+    const row = find('tbody').insertRow(0);
+    const note = missed ? say('missed') : event === 'ring' ? '' : say(event);
+    const texts = [time.toLocaleTimeString(document.documentElement.lang, { hour12: false }), phone || say('withheld'), name, note ? `${exten} (${note})` : exten];
+    texts.forEach((text) => { row.insertCell().textContent = text; });
+    if (find('tbody').rows.length > MAX_ROWS) find('tbody').deleteRow(-1);
+    return innerWidth > 700; // on a phone the popup would cover the list
+  }
+
+  PopupNotifier.connect({ exten: find('#exten').value, onStatus: showStatus, onCall: showCall });
+</script>
+"""
 
 
 # --- 9. Command line ---------------------------------------------------------------------------
@@ -1847,6 +2282,20 @@ def share_files(max_browsers: int) -> tuple[int, Rooms]:
     return min(max_browsers, allowed), Rooms(*map(Room, sizes, timeouts))
 
 
+def state_file(port: int) -> Path | None:
+    """Return where IDs are kept over a restart: systemd names a folder, else it is the user's."""
+    folder = Path(os.environ.get("STATE_DIRECTORY", "").partition(":")[0])
+    try:
+        if not folder.is_absolute():
+            home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
+            folder = Path(home) / "popup-notifier"
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{port}.id"
+    except (OSError, RuntimeError) as error:
+        log.warning("no folder to keep IDs in over a restart: %s", error)
+        return None
+
+
 def parse_args(args: list[str] | None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(
@@ -1888,7 +2337,8 @@ def main(args: list[str] | None = None) -> int:
         for warning in warnings:
             log.warning("%s", warning)
         max_browsers, rooms = share_files(config.max_browsers)
-        hub = Hub(config.ping_interval, max_browsers)
+        ids = IDSource(state_file(config.port))
+        hub = Hub(config.ping_interval, max_browsers, config.history, ids)
         server = listen(config, hub, rooms)
     except ConfigError as error:
         for line in error.lines:

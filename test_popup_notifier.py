@@ -92,7 +92,7 @@ class Daemon:
         self,
         *,
         text: str | None = None,
-        command: Iterable[str] = (),
+        program: str | Path = PROGRAM,
         environ: dict[str, str] | None = None,
         **keys: object,
     ) -> None:
@@ -103,11 +103,11 @@ class Daemon:
         self.lines: list[str] = []
         self._news = threading.Condition()
         self.process = subprocess.Popen(
-            [*command, sys.executable, str(PROGRAM), "--config", str(self.config)],
+            [sys.executable, str(program), "--config", str(self.config)],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **(environ or {})},
+            env={**os.environ, "XDG_STATE_HOME": self.folder.name, **(environ or {})},
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -300,9 +300,17 @@ class Browser:
             if opcode == Opcode.PING:
                 self.send(Opcode.PONG, payload)
             elif opcode == Opcode.TEXT:
-                return dict(json.loads(payload))
+                message = dict(json.loads(payload))
+                if message.get("type") != "ALIVE":
+                    return message
             else:
                 raise AssertionError(f"frame {opcode}: {payload!r}")
+
+    def hello(self) -> dict[str, Any]:
+        """Return the HELLO that a browser gets which recovers."""
+        message = self.message()
+        assert message["type"] == "HELLO", message
+        return message
 
     def phones(self, count: int) -> list[str]:
         """Return the numbers of the next calls."""
@@ -366,6 +374,7 @@ CONFIG_MISTAKES = [
     ("PING_INTERVAL=0", 'PING_INTERVAL: "0" is not'),
     ("PING_INTERVAL=2.5", 'PING_INTERVAL: "2.5" is not'),
     ("MAX_BROWSERS=-1", 'MAX_BROWSERS: "-1" is not'),
+    ("HISTORY=1d", 'HISTORY: "1d" is not'),
     ("MAX_BROWSERS=many\x07", r'MAX_BROWSERS: "many\x07" is not'),
 ]
 
@@ -387,6 +396,7 @@ class TestConfig(unittest.TestCase):
         config, _ = self.parse("SECRET_TOKEN=t")
         self.assertEqual((config.port, config.listen), (8080, None))
         self.assertEqual((config.ping_interval, config.max_browsers), (25, 10000))
+        self.assertEqual(config.history, 60)
         self.assertFalse(config.trigger_allow.allows(ip_address("127.0.0.1")))
         self.assertFalse(config.crmws_allow.allows(ip_address("::1")))
 
@@ -904,6 +914,211 @@ class TestHub(unittest.TestCase):
                 self.assertEqual(alive.phones(1), ["0312345678"])
 
 
+class TestSubscription(unittest.TestCase):
+    """exten= in the address."""
+
+    # (a browser's query, a call's exten, does it hear it)
+    TABLE = (
+        ("", "201", True),
+        ("?exten=", "201", True),
+        ("?exten=201", "201", True),
+        ("?exten=201", "202", False),
+        ("?exten=201", "2011", False),
+        ("?exten=201", "all", True),
+        ("?exten=201", "", True),
+        ("?exten=201", "200,201,202", True),
+        ("?exten=201", "202, all", True),
+        ("?exten=201&exten=202", "202", True),
+        ("?exten=201,202", "202", True),
+        ("?exten=201&exten=202", "201,202", True),
+        ("?exten=Alice", "alice", True),
+        ("?exten=%E5%B1%B1", "山", True),
+        ("?x=201", "202", True),
+    )
+
+    def test_table(self) -> None:
+        with Daemon() as daemon:
+            for query, exten, is_heard in self.TABLE:
+                with self.subTest(query, exten=exten), daemon.browser(query) as browser:
+                    daemon.trigger("&exten=" + quote(exten), phone="1")
+                    daemon.trigger("&exten=all", phone="2")
+                    heard = browser.phones(1 + is_heard)
+                    self.assertEqual(heard, ["1", "2"] if is_heard else ["2"])
+
+    def test_calls_in_one_batch_keep_their_order(self) -> None:
+        with Daemon() as daemon, contextlib.ExitStack() as stack:
+            browsers = [
+                stack.enter_context(daemon.browser(query))
+                for query in ("", "?exten=1", "?exten=2", "?exten=1,2")
+            ]
+            # All triggers are there before the first is answered.
+            callers = []
+            for number in range(60):
+                sock = stack.enter_context(daemon.connect())
+                exten = ("1", "2", "1,2", "all")[number % 4]
+                sock.sendall(
+                    trigger_request(f"?phone={number}&exten={exten}&token={TOKEN}", "", b"")
+                )
+                callers.append(sock)
+            for sock in callers:
+                self.assertEqual(status_of(receive_all(sock)), 200)
+            everything = browsers[0].phones(60)
+            for browser, missed in zip(browsers[1:], (1, 0, None)):
+                expected = [phone for phone in everything if int(phone) % 4 != missed]
+                self.assertEqual(browser.phones(len(expected)), expected)
+
+    def test_log_says_why_nobody_was_told(self) -> None:
+        with Daemon() as daemon:
+            daemon.trigger("&exten=7")
+            with daemon.browser("?exten=201"), daemon.browser("?exten=202"):
+                daemon.trigger("&exten=7")
+                lines = daemon.wait_for_log("call ", 2)
+        self.assertIn("to 0 browsers: none is connected", lines[0])
+        self.assertIn("to 0 browsers: 2 connected, for 201, 202", lines[1])
+
+    def test_answer_is_heard_where_it_rang(self) -> None:
+        with Daemon() as daemon, daemon.browser("?exten=202") as browser:
+            daemon.trigger("&exten=201,202&uniqueid=9.1&event=ring", phone="1")
+            daemon.trigger("&exten=201&uniqueid=9.1&event=answer", phone="1")
+            daemon.trigger("&exten=201&uniqueid=9.2&event=answer", phone="2")
+            daemon.trigger("&exten=201&uniqueid=9.1&event=end", phone="1")
+            events = [browser.message()["data"]["event"] for _ in range(3)]
+        self.assertEqual(events, ["ring", "answer", "end"])
+
+    def test_bad_query_is_refused(self) -> None:
+        with Daemon() as daemon:
+            for query in ("?since=yesterday", "?since=1", "?exten=" + "1," * 101 + "x" * 65):
+                with self.subTest(query):
+                    answer = daemon.exchange(handshake("/crmws" + query))
+                    self.assertEqual(status_of(answer), 400)
+
+
+class TestRecovery(unittest.TestCase):
+    """since= in the address."""
+
+    def test_hello_says_where_the_browser_stands(self) -> None:
+        with Daemon(PING_INTERVAL=7) as daemon:
+            with daemon.browser("?since=") as browser:
+                hello = browser.hello()
+                self.assertEqual((hello["complete"], hello["interval"]), (True, 7))
+                daemon.trigger()
+                first = browser.message()
+                self.assertGreater(call_id(first), call_id(hello))
+                self.assertNotIn("replayed", first)
+            with daemon.browser("?since=") as browser:
+                self.assertEqual(browser.hello()["id"], first["id"])
+
+    def test_missed_calls_come_first_and_once(self) -> None:
+        with Daemon() as daemon:
+            with daemon.browser("?since=") as browser:
+                position = browser.hello()["id"]
+            for number in range(5):
+                daemon.trigger(f"&exten={201 + number % 2}", phone=str(number))
+            for query, expected in (("", "01234"), ("&exten=202", "13"), ("&exten=9", "")):
+                with daemon.browser(f"?since={position}{query}") as browser:
+                    self.assertTrue(browser.hello()["complete"])
+                    daemon.trigger(phone="9")
+                    messages = [browser.message() for _ in range(len(expected) + 1)]
+                self.assertEqual([each["phone"] for each in messages], [*expected, "9"])
+                replayed = [each.get("replayed", False) for each in messages]
+                self.assertEqual(replayed, [True] * len(expected) + [False])
+                # The next one has a later position to begin with.
+                position = messages[-1]["id"]
+                for number in range(5):
+                    daemon.trigger(f"&exten={201 + number % 2}", phone=str(number))
+
+    def test_position_before_the_history_is_said_to_be_incomplete(self) -> None:
+        with Daemon(HISTORY=0) as daemon:
+            with daemon.browser("?since=") as browser:
+                position = browser.hello()["id"]
+            daemon.trigger()
+            daemon.trigger()
+            for since, is_complete in (
+                (position, False),
+                ("0-0", False),
+                ("9999999999999-0", True),
+            ):
+                with self.subTest(since), daemon.browser(f"?since={since}") as browser:
+                    self.assertIs(browser.hello()["complete"], is_complete)
+                    daemon.trigger(phone="3")
+                    self.assertEqual(browser.phones(1), ["3"])
+
+    def test_alive_comes_with_the_pings_to_those_who_recover(self) -> None:
+        with Daemon(PING_INTERVAL=1) as daemon:
+            with daemon.browser("?since=") as one, daemon.browser() as other:
+                one.hello()
+                self.assertEqual(one.frame(), (Opcode.TEXT, b'{"type": "ALIVE"}'))
+                self.assertEqual(one.frame()[0], Opcode.PING)
+                self.assertEqual(other.frame()[0], Opcode.PING)
+
+    def test_reconnecting_all_the_time_loses_and_repeats_nothing(self) -> None:
+        total = 1500
+        with Daemon() as daemon:
+            with daemon.browser("?since=") as browser:
+                position = browser.hello()["id"]
+
+            def call() -> None:
+                for number in range(total):
+                    daemon.trigger(phone=str(number))
+
+            caller = threading.Thread(target=call)
+            caller.start()
+            heard: list[str] = []
+            chance = random.Random(4)
+            while len(heard) < total:
+                with daemon.browser(f"?since={position}") as browser:
+                    self.assertTrue(browser.hello()["complete"])
+                    for _ in range(min(chance.randrange(40), total - len(heard))):
+                        message = browser.message()
+                        heard.append(message["phone"])
+                        position = message["id"]
+            caller.join()
+        self.assertEqual(heard, [str(number) for number in range(total)])
+
+    def test_ids_increase_over_a_restart(self) -> None:
+        with tempfile.TemporaryDirectory() as state:
+            port = free_port()
+            last: tuple[int, ...] = ()
+            for stop in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
+                with Daemon(environ={"XDG_STATE_HOME": state}, PORT=port) as daemon:
+                    daemon.port = port
+                    with daemon.browser("?since=") as browser:
+                        positions = [call_id(browser.hello())]
+                        daemon.trigger()
+                        positions.append(call_id(browser.message()))
+                    daemon.process.send_signal(stop)
+                    daemon.process.wait(TIMEOUT)
+                self.assertEqual(sorted({last, *positions}), [last, *positions])
+                last = positions[-1]
+
+    @needs("faketime")
+    def test_ids_increase_when_the_clock_is_set_back(self) -> None:
+        with tempfile.TemporaryDirectory() as state:
+            environ = {"XDG_STATE_HOME": state}
+            with Daemon(environ=environ) as daemon, daemon.browser() as browser:
+                daemon.trigger()
+                before = call_id(browser.message())
+                port = daemon.port
+            # The wrapper `faketime` would stand between us and the daemon.
+            (library,) = Path("/usr/lib").glob("*/faketime/libfaketime.so.1")
+            environ.update(LD_PRELOAD=str(library), FAKETIME="-1h", DONT_FAKE_MONOTONIC="1")
+            with Daemon(environ=environ, PORT=port) as daemon:
+                daemon.port = port
+                with daemon.browser() as browser:
+                    daemon.trigger()
+                    self.assertGreater(call_id(browser.message()), before)
+
+    def test_ids_without_a_place_to_keep_them(self) -> None:
+        with Daemon(environ={"XDG_STATE_HOME": "/proc/nowhere"}) as daemon:
+            self.assertEqual(daemon.trigger(), 200)
+            self.assertIn("no folder to keep IDs", daemon.lines[0])
+
+
+def call_id(message: dict[str, Any]) -> tuple[int, ...]:
+    """Return a message's ID so that it compares."""
+    return tuple(map(int, message["id"].split("-")))
+
+
 def reset(sock: socket.socket) -> None:
     """Close a connection by RST."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -1325,6 +1540,61 @@ class TestServer(unittest.TestCase):
         request = handshake().replace(b"HTTP/1.1", b"HTTP/1.0")
         with Daemon() as daemon:
             self.assertEqual(status_of(daemon.exchange(request)), 426)
+
+
+class TestResources(unittest.TestCase):
+    """GET / and GET /popup-sample.js."""
+
+    def get(
+        self, daemon: Daemon, path: str, head: str = "", **options: Any
+    ) -> tuple[int, str, bytes]:
+        request = f"GET {path} HTTP/1.1\r\nHost: pbx\r\n{head}\r\n".encode()
+        answer = daemon.exchange(request, **options)
+        fields, _, body = answer.partition(b"\r\n\r\n")
+        return status_of(answer), fields.decode(), body
+
+    def test_status_page(self) -> None:
+        with Daemon() as daemon:
+            status, head, body = self.get(daemon, "/")
+        self.assertEqual(status, 200)
+        self.assertIn("\r\nContent-Type: text/html; charset=utf-8", head)
+        self.assertIn("\r\nContent-Security-Policy: default-src 'none'; script-src 'self' ", head)
+        self.assertIn("\r\nX-Content-Type-Options: nosniff", head)
+        self.assertIn(b"<title>popup-notifier", body)
+        self.assertNotIn("unsafe-inline", head)
+
+    def test_script(self) -> None:
+        with Daemon() as daemon:
+            status, head, body = self.get(daemon, "/popup-sample.js")
+            self.assertEqual((status, body), (200, (HERE / "popup-sample.js").read_bytes()))
+            self.assertIn("\r\nContent-Type: text/javascript; charset=utf-8", head)
+            self.assertIn("\r\nCache-Control: no-cache", head)
+            matched = re.search(r"\r\nETag: (\S+)", head)
+            assert matched is not None
+            again = self.get(daemon, "/popup-sample.js", f"If-None-Match: {matched[1]}\r\n")
+            self.assertEqual((again[0], again[2]), (304, b""))
+
+    def test_script_that_is_nowhere(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = shutil.copy(PROGRAM, Path(folder, "popup-notifier"))
+            with Daemon(program=copy) as daemon:
+                status, _, body = self.get(daemon, "/popup-sample.js")
+        self.assertEqual(status, 404)
+        self.assertIn(f"in none of the folders {folder} and /usr/local/share", body.decode())
+
+    def test_only_for_browsers(self) -> None:
+        with Daemon(CRMWS_ALLOW="127.0.0.2") as daemon:
+            for path in ("/", "/popup-sample.js", "/crmws"):
+                with self.subTest(path):
+                    self.assertEqual(self.get(daemon, path)[0], 403)
+
+    def test_page_may_read_why_its_handshake_is_refused(self) -> None:
+        with Daemon(CRMWS_ALLOW="127.0.0.2") as daemon:
+            for source, status in (("127.0.0.1", 403), ("127.0.0.2", 426)):
+                answered, head, body = self.get(daemon, "/crmws?since=", source=source)
+                self.assertEqual(answered, status)
+                self.assertIn("\r\nAccess-Control-Allow-Origin: *", head)
+                self.assertEqual(len(body.decode().splitlines()), 1)
 
 
 # --- 9. Command line ---------------------------------------------------------------------------
@@ -1811,7 +2081,9 @@ class TestBrowsers(unittest.TestCase):
             subprocess.run(
                 ["curl", "-s", "-X", "POST", url, "-m", "1"], capture_output=True, check=True
             )
-            shown = tab.wait_for("document.querySelector('[role=alert]')?.textContent")
+            shown = tab.wait_for(
+                "document.querySelector('popup-notifier')?.shadowRoot.textContent"
+            )
             self.assertIn("0312345678", shown)
 
     @needs("chromium", "curl")
