@@ -7,16 +7,19 @@
 Read it from top to bottom:
 
     1. Configuration   KEYS, Config, load_config
-    2. Access lists    AccessList, peer_address
+    2. Access lists    AccessList, peer_address, client_address, Origins
     3. WebSocket       RFC 6455 without I/O: check_handshake, serialize_frame, WebSocketProtocol
     4. Hub             Call, Backlog, Subscriber, Hub
-    5. HTTP            RFC 9112: parse_head, parse_parameters, Server, RequestHandler
+    5. HTTP            RFC 9112: parse_head, check_parameters, Server, RequestHandler
+    6. TLS             make_tls_context
+    8. systemd         ServiceManager
     9. Command line    log, limits, signals, main
 
 Who may touch what:
 
     The main thread accepts connections, gathers requests without ever blocking, and answers them.
-    A slow peer costs it a descriptor and a small buffer, never a wait.
+    A slow peer costs it a descriptor and a small buffer, never a wait. A second port, CLIENT_PORT,
+    has a thread of its own for the same. What waits for a disk gets a request thread.
     The Hub's I/O thread owns every browser's socket from Hub.subscribe() on: nobody else reads,
     writes or closes it. What other threads hand to the Hub passes through its lock.
 """
@@ -25,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import calendar
 import codecs
 import collections
 import contextlib
@@ -39,6 +43,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import resource
@@ -46,6 +51,8 @@ import selectors
 import signal
 import socket
 import socketserver
+import ssl
+import stat
 import struct
 import sys
 import threading
@@ -58,6 +65,7 @@ from typing import Any, Callable, NamedTuple, Union
 from urllib.parse import unquote_to_bytes
 
 VERSION = "1.0.0"
+STATUS_INTERVAL = 10.0  # seconds between two status lines to systemd
 DEFAULT_CONFIG = "/usr/local/etc/popup-notifier.conf"
 
 # Limits of section 3, in bytes.
@@ -67,13 +75,16 @@ MAX_CONTROL = 125  # RFC 6455 section 5.5
 # Limits of section 4, in bytes and seconds.
 MAX_BACKLOG = 512 * 1024  # may wait for one browser: some 2,000 calls
 FLUSH_SIZE = 64 * 1024  # offered to a slow browser's socket at once
-READ_SIZE = 16 * 1024  # taken from one browser before the next has its turn
+# Taken from one browser before the next has its turn: a whole TLS record, so that none of it stays
+# where the selector can't see it.
+READ_SIZE = 16 * 1024
 ARRIVALS = 256  # browsers that may wait to be listened to before the I/O thread is woken
 LOGGED_EXTENS = 10  # this many are named when nobody wanted a call
 LOGGED_ARRIVALS = 4  # of browsers that come at once, this many are named in the log
 CLOSE_TIMEOUT = 1.0  # a browser has this long to take its Close frame and hang up
 ID_RESERVE = 60_000  # milliseconds that IDs are reserved ahead: one file written a minute
 MAX_HISTORY = 20_000  # calls remembered at most, whatever HISTORY says: some 30 MB
+DELIVERY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)  # seconds
 STOP_TIMEOUT = 3.0  # all of them together have this long when the daemon ends
 
 # Limits of section 5, in bytes, counts and seconds. Other servers allow heads of 8 to 64 KiB; a
@@ -90,6 +101,7 @@ DRAIN_TIMEOUT = 1.0  # a refused peer has this long to take our answer and hang 
 # socketserver asks for a queue of 5 connections: a restart with 10,000 browsers would lose most
 # of their handshakes. The kernel cuts this down to net.core.somaxconn.
 LISTEN_QUEUE = 4096
+HEALTH_TIMEOUT = 2.0  # the hub has this long to show that it turns
 MAX_THREADS = 32  # requests that are answered in threads at a time
 ACCEPT_BATCH = 64  # connections accepted before those that wait are looked at again
 ACCEPT_PAUSE = 0.1  # no accepting for this long when descriptors have run out
@@ -169,6 +181,13 @@ class Config(NamedTuple):
     ping_interval: int  # seconds
     max_browsers: int
     history: int  # seconds
+    client_port: int | None
+    use_ssl: bool
+    cert_file: Path | None
+    key_file: Path | None
+    crmws_origins: Origins
+    crmws_token: str | None
+    trusted_proxies: AccessList
 
 
 class Key(NamedTuple):
@@ -179,6 +198,7 @@ class Key(NamedTuple):
     parse: Callable[[str], Any]
     alias: str = ""  # the Go daemon's name for it
     is_secret: bool = False
+    needs_restart: bool = False  # SIGHUP does not change it
 
 
 def parse_number(low: int, high: int) -> Callable[[str], int]:
@@ -190,6 +210,27 @@ def parse_number(low: int, high: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def parse_optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a parser that takes an empty value for None."""
+    return lambda text: parse(text) if text else None
+
+
+def parse_bool(text: str) -> bool:
+    """Return what yes and no mean, in the words of the Go daemon too."""
+    words = {"yes": True, "true": True, "1": True, "on": True}
+    words.update({"no": False, "false": False, "0": False, "off": False})
+    if text.lower() not in words:
+        raise ValueError("is neither yes nor no")
+    return words[text.lower()]
+
+
+def parse_path(text: str) -> Path:
+    """Return an absolute path: the daemon's working directory is nobody's business."""
+    if not text.startswith("/"):
+        raise ValueError("is not an absolute path")
+    return Path(text)
 
 
 def parse_listen(text: str) -> IPAddress | None:
@@ -215,6 +256,19 @@ def parse_networks(text: str) -> AccessList:
     return AccessList([parse_network(entry) for entry in entries if entry])
 
 
+def parse_origins(text: str) -> Origins:
+    """Return the origins that comma-separated entries name."""
+    entries = [entry.strip() for entry in text.split(",")]
+    return Origins([parse_origin(entry) for entry in entries if entry])
+
+
+def parse_origin(text: str) -> str:
+    """Return one origin as a browser writes it, or a pattern such as https://*.example.com."""
+    if text != "null" and not ORIGIN_PATTERN.fullmatch(text.lower()):
+        raise ValueError(f"holds {quote(text)}, no origin like https://crm.example.com (no path)")
+    return plain_origin(text)
+
+
 def parse_network(text: str) -> IPNetwork:
     """Return one address or network; the error offers what was probably meant."""
     try:
@@ -235,16 +289,31 @@ def parse_network(text: str) -> IPNetwork:
     return network
 
 
+ORIGIN_PATTERN = re.compile(r"https?://(\*\.)?([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 KEYS = (
-    Key("PORT", "8080", parse_number(1, 65535), alias="HTTP_PORT"),
-    Key("LISTEN", "", parse_listen),
+    Key("PORT", "8080", parse_number(1, 65535), alias="HTTP_PORT", needs_restart=True),
+    Key("LISTEN", "", parse_listen, needs_restart=True),
     Key("SECRET_TOKEN", None, parse_token, is_secret=True),
     Key("TRIGGER_ALLOW", "", parse_networks),
     Key("CRMWS_ALLOW", "", parse_networks),
     Key("PING_INTERVAL", "25", parse_number(1, 3600)),
     Key("MAX_BROWSERS", "10000", parse_number(1, 1_000_000)),
     Key("HISTORY", "60", parse_number(0, 86400)),
+    Key(
+        "CLIENT_PORT",
+        "",
+        parse_optional(parse_number(1, 65535)),
+        alias="WSS_PORT",
+        needs_restart=True,
+    ),
+    Key("USE_SSL", "no", parse_bool, needs_restart=True),
+    Key("CERT_FILE", "", parse_optional(parse_path)),
+    Key("KEY_FILE", "", parse_optional(parse_path)),
+    Key("CRMWS_ORIGINS", "", parse_origins),
+    Key("CRMWS_TOKEN", "", parse_optional(parse_token), is_secret=True),
+    Key("TRUSTED_PROXIES", "", parse_networks),
 )
+SAMPLE_TOKEN = "mytoken"  # the one that everybody can read in the sample
 KEY_BY_NAME = {name: key for key in KEYS for name in (key.name, key.alias) if name}
 
 
@@ -252,9 +321,15 @@ def load_config(path: Path) -> tuple[Config, list[str]]:
     """Read the file; return what it says and a warning for each oddity, raise ConfigError."""
     try:
         data = path.read_bytes()
+        mode = path.stat().st_mode
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from None
-    return parse_config(data, str(path))
+    config, warnings = parse_config(data, str(path))
+    if config.secret_token == SAMPLE_TOKEN:
+        warnings.append(f"{path}: SECRET_TOKEN is the sample's: everybody knows it")
+    if mode & stat.S_IROTH:
+        warnings.append(f"{path}: everybody on this machine can read the token: chmod o-r {path}")
+    return config, warnings
 
 
 def parse_config(data: bytes, source: str) -> tuple[Config, list[str]]:
@@ -287,9 +362,33 @@ def parse_config(data: bytes, source: str) -> tuple[Config, list[str]]:
             errors.append(f"{source}: {key.name} is missing and has no default")
         elif key.name not in seen:
             values[key.name.lower()] = key.parse(key.default or "")
+    if not errors:
+        errors += [f"{source}: {mistake}" for mistake in check_tls_keys(Config(**values))]
     if errors:
         raise ConfigError(*errors)
     return Config(**values), warnings
+
+
+def check_tls_keys(config: Config) -> Iterator[str]:
+    """Yield what is wrong with the keys that go together."""
+    if config.client_port == config.port:
+        yield f"CLIENT_PORT: {config.port} is PORT already"
+    if not config.use_ssl:
+        return
+    if config.client_port is None:
+        yield "USE_SSL is for CLIENT_PORT, which is missing"
+    for name in ("CERT_FILE", "KEY_FILE"):
+        if getattr(config, name.lower()) is None:
+            yield f"USE_SSL needs {name}, which is missing"
+
+
+def describe_config(config: Config) -> Iterator[str]:
+    """Yield a line for each key: what it is set to, secrets hidden."""
+    for key, value in zip(KEYS, config):
+        shown = "(hidden)" if key.is_secret and value else value
+        if isinstance(value, bool):
+            shown = "yes" if value else "no"
+        yield f"{key.name}={'' if shown is None else shown}"
 
 
 def config_lines(data: bytes) -> Iterator[tuple[int, str, bytes | None]]:
@@ -350,6 +449,52 @@ def peer_address(host: str) -> IPAddress:
     """Return the address of a socket's peer, IPv4-mapped ones as the IPv4 that they are."""
     address = ipaddress.ip_address(host.partition("%")[0])
     return getattr(address, "ipv4_mapped", None) or address
+
+
+def client_address(peer: IPAddress, forwarded: str | None, proxies: AccessList) -> IPAddress:
+    """Return who sent a request: the peer or, behind trusted proxies, whom they name.
+
+    `forwarded` is X-Forwarded-For, all its lines joined. It is read from the right: each proxy
+    adds whom it saw, and what stands left of an address that is no proxy was written by that one.
+    Raises RequestError for what is no address.
+    """
+    address = peer
+    hops = [] if forwarded is None else [hop.strip() for hop in forwarded.split(",")]
+    while hops and proxies.allows(address):
+        try:
+            address = peer_address(hops[-1])
+        except ValueError:
+            reason = f"X-Forwarded-For: {quote(hops[-1])} is not an IP address"
+            raise RequestError(HTTPStatus.BAD_REQUEST, reason) from None
+        hops.pop()
+    return address
+
+
+def plain_origin(text: str) -> str:
+    """Return an origin in the one form in which it is compared."""
+    origin = text.lower()
+    if origin.startswith("https:"):
+        return origin.removesuffix(":443")
+    return origin.removesuffix(":80") if origin.startswith("http:") else origin
+
+
+class Origins:
+    """The origins whose pages may connect; an empty list admits every page."""
+
+    def __init__(self, patterns: Iterable[str] = ()) -> None:
+        self.patterns = tuple(patterns)
+
+    def __str__(self) -> str:
+        return ", ".join(self.patterns) or "any"
+
+    def allow(self, origin: str | None) -> bool:
+        """Tell whether a page of this origin may connect; who sends none is no browser."""
+        if not self.patterns or origin is None:
+            return True
+        # A star stands for one label: https://*.example.com is https://a.example.com.
+        scheme, _, host = plain_origin(origin).partition("://")
+        parent = host.partition(".")[2]
+        return plain_origin(origin) in self.patterns or f"{scheme}://*.{parent}" in self.patterns
 
 
 # --- 3. WebSocket ------------------------------------------------------------------------------
@@ -726,7 +871,7 @@ def parse_frame_head(data: bytes, start: int) -> tuple[FrameHead, int] | None:
 # --- 4. Hub ------------------------------------------------------------------------------------
 
 # What a non-blocking socket raises when it has nothing to read or no room to write.
-WOULD_BLOCK = (BlockingIOError, InterruptedError)
+WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 PING = serialize_frame(Opcode.PING, b"")
 
 
@@ -801,6 +946,7 @@ class Call(NamedTuple):
     id: CallID
     parameters: Mapping[str, str]  # phone, exten and what else was sent, but for the token
     source: str  # the address that triggered it
+    time: float  # when, monotonic seconds
     extens: frozenset[str]  # who is told: in lower case; "all" is everybody
     payload: bytes  # the message
     frame: bytes  # the same as it is sent
@@ -828,7 +974,7 @@ def make_call(
     }
     payload = json.dumps(message).encode("ascii")
     frame = serialize_frame(Opcode.TEXT, payload)
-    return Call(call_id, parameters, source, extens, payload, frame)
+    return Call(call_id, parameters, source, time.monotonic(), extens, payload, frame)
 
 
 class History:
@@ -836,7 +982,7 @@ class History:
 
     def __init__(self, seconds: float, begin: CallID) -> None:
         self.seconds = seconds
-        self._calls: collections.deque[tuple[float, Call]] = collections.deque()
+        self._calls: collections.deque[Call] = collections.deque()
         self._forgotten = begin  # every call after it is remembered
         # Who was told of a call by its uniqueid, the latest last: who saw it ring must hear that
         # it was answered, even by another extension.
@@ -844,7 +990,7 @@ class History:
 
     def add(self, call: Call) -> None:
         """Remember a call, and forget the old ones."""
-        self._calls.append((time.monotonic(), call))
+        self._calls.append(call)
         self._forget()
         unique = call.parameters.get("uniqueid")
         if unique:
@@ -863,7 +1009,7 @@ class History:
         """Return the calls after a position, and whether these are all that there were."""
         self._forget()
         missed: list[Call] = []
-        for _, call in reversed(self._calls):
+        for call in reversed(self._calls):
             if call.id <= position:
                 break
             missed.append(call)
@@ -871,8 +1017,8 @@ class History:
 
     def _forget(self) -> None:
         oldest = time.monotonic() - self.seconds
-        while self._calls and (self._calls[0][0] < oldest or len(self._calls) > MAX_HISTORY):
-            self._forgotten = self._calls.popleft()[1].id
+        while self._calls and (self._calls[0].time < oldest or len(self._calls) > MAX_HISTORY):
+            self._forgotten = self._calls.popleft().id
 
 
 class Waker:
@@ -1041,6 +1187,35 @@ class Audience:
         return f"{len(self)} connected, for {names}" + (f" and {more} more" if more > 0 else "")
 
 
+class DropReason(enum.Enum):
+    """Why we end a browser's connection."""
+
+    TOO_SLOW = "too slow"
+    SILENT = "silent"
+    PROTOCOL_ERROR = "protocol error"
+    NOT_ADMITTED = "not admitted"
+    BUG = "bug"
+
+
+class HubMetrics:
+    """What the I/O thread counts. Others only read it."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.deliveries = 0
+        self.drops = dict.fromkeys(DropReason, 0)
+        self.seconds = 0.0  # from trigger to last browser, over all calls
+        self.within = [0] * len(DELIVERY_BUCKETS)  # calls delivered within each bucket's time
+
+    def observe(self, count: int, seconds: float) -> None:
+        """Count a call that was sent to `count` browsers within `seconds`."""
+        self.calls += 1
+        self.deliveries += count
+        self.seconds += seconds
+        for index, limit in enumerate(DELIVERY_BUCKETS):
+            self.within[index] += seconds <= limit
+
+
 class Hub:
     """The browsers, and the one thread that talks to them.
 
@@ -1048,11 +1223,11 @@ class Hub:
     """
 
     def __init__(
-        self, ping_interval: float, max_browsers: int, history: float, ids: IDSource
+        self, config: Config, max_browsers: int, ids: IDSource, manager: ServiceManager
     ) -> None:
-        self.ping_interval = ping_interval
         self.max_browsers = max_browsers
         self.has_failed = False
+        self.metrics = HubMetrics()
         self._waker = Waker()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -1061,13 +1236,18 @@ class Hub:
         self._arrivals: list[Subscriber] = []
         self._calls: list[Call] = []
         self._ids = ids
-        self._history = History(history, ids.last)
+        self._history = History(config.history, ids.last)
         self._is_closing = False
+        self._probes: list[threading.Event] = []
+        self._new_config: Config | None = None
         # The I/O thread's own.
         self._now = time.monotonic()
+        self._ping_interval = config.ping_interval
+        self._manager = manager
+        self._next_report = self._now if manager.interval < math.inf else math.inf
         self._selector = selectors.DefaultSelector()
         self._audience = Audience()  # the registry without the arrivals
-        self._pings: collections.deque[Subscriber] = collections.deque()  # by next_ping
+        self._pings: collections.OrderedDict[Subscriber, None] = collections.OrderedDict()
         self._leaving: collections.deque[Subscriber] = collections.deque()  # by deadline
         self._stop_deadline: float | None = None
 
@@ -1123,6 +1303,26 @@ class Hub:
         if is_first:
             self._waker.wake()
 
+    def reconfigure(self, config: Config, max_browsers: int) -> None:
+        """Take over a new configuration; browsers that it does not admit are closed with 1008."""
+        with self._lock:
+            self.max_browsers = max_browsers
+            self._history.seconds = config.history
+            self._new_config = config
+        self._waker.wake()
+
+    def is_turning(self, timeout: float) -> bool:
+        """Tell whether the I/O thread does its work, waiting `timeout` seconds for a sign."""
+        probe = threading.Event()
+        with self._lock:
+            self._probes.append(probe)
+        self._waker.wake()
+        return probe.wait(timeout)
+
+    def count(self) -> int:
+        """Return how many browsers are connected."""
+        return len(self._registry)
+
     def close(self) -> None:
         """Close all with 1001 and end the I/O thread, within STOP_TIMEOUT."""
         with self._lock:
@@ -1142,7 +1342,7 @@ class Hub:
             "type": "HELLO",
             "id": str(self._ids.last),
             "complete": is_complete,
-            "interval": self.ping_interval,
+            "interval": self._ping_interval,
             "time": int(time.time() * 1000),
         }
         return serialize_frame(Opcode.TEXT, json.dumps(hello).encode("ascii"))
@@ -1173,6 +1373,7 @@ class Hub:
         self._take_over()
         self._ping()
         self._end_those_leaving()
+        self._answer_others()
         if self._is_closing and self._stop_deadline is None:
             self._stop_deadline = self._now + STOP_TIMEOUT
             for subscriber in list(self._audience):
@@ -1183,9 +1384,35 @@ class Hub:
 
     def _until_deadline(self) -> float | None:
         """Return the seconds until something is due."""
-        due = [queue[0].next_ping for queue in (self._pings,) if queue]
-        due += [queue[0].deadline or 0 for queue in (self._leaving,) if queue]
-        return max(min(due) - time.monotonic(), 0) if due else None
+        due = [self._next_report]
+        if self._pings:
+            due.append(next(iter(self._pings)).next_ping)
+        if self._leaving:
+            due.append(self._leaving[0].deadline or 0)
+        return None if min(due) == math.inf else max(min(due) - time.monotonic(), 0)
+
+    def _answer_others(self) -> None:
+        """Show that this thread turns, and take over a new configuration."""
+        with self._lock:
+            probes, self._probes = self._probes, []
+            config, self._new_config = self._new_config, None
+        for probe in probes:
+            probe.set()
+        if config is not None:
+            self._ping_interval = config.ping_interval
+            for subscriber in list(self._audience):
+                if not config.crmws_allow.allows(subscriber.address):
+                    self._drop(subscriber, DropReason.NOT_ADMITTED, "is no longer in CRMWS_ALLOW")
+                    self._close(subscriber, CloseCode.POLICY_VIOLATION, "not admitted any more")
+        if self._now >= self._next_report:
+            self._next_report = self._now + self._manager.interval
+            status = f"{len(self._audience)} browsers connected, {self.metrics.calls} calls so far"
+            self._manager.notify(f"STATUS={status}", "WATCHDOG=1")
+
+    def _drop(self, subscriber: Subscriber, reason: DropReason, text: str) -> None:
+        """Log and count that we end a browser's connection."""
+        self.metrics.drops[reason] += 1
+        log.warning("browser dropped: %s %s", subscriber.address, text)
 
     def _serve(self, subscriber: Subscriber, mask: int) -> None:
         """Write and read what one browser's socket is ready for."""
@@ -1195,6 +1422,7 @@ class Hub:
             if mask & selectors.EVENT_READ and not subscriber.is_gone:
                 self._receive(subscriber)
         except Exception:
+            self.metrics.drops[DropReason.BUG] += 1
             log.exception("browser dropped: %s met a bug", subscriber.address)
             self._abort(subscriber)
 
@@ -1237,9 +1465,9 @@ class Hub:
     def _admit(self, subscriber: Subscriber, calls: list[Call]) -> None:
         """Listen to a browser; send what it missed and the calls that came since its 101."""
         subscriber.last_heard = self._now
-        subscriber.next_ping = self._now + self.ping_interval
+        subscriber.next_ping = self._now + self._ping_interval
         self._selector.register(subscriber.sock, selectors.EVENT_READ, subscriber)
-        self._pings.append(subscriber)
+        self._pings[subscriber] = None
         self._audience.add(subscriber)
         frames = b"".join([call.replay_frame() for call in subscriber.missed])
         subscriber.missed = []
@@ -1320,7 +1548,7 @@ class Hub:
             self._leave(subscriber)
             self._hang_up_if_closed(subscriber)
             if protocol.error is not None:
-                log.warning("browser dropped: %s sent %s", subscriber.address, protocol.error)
+                self._drop(subscriber, DropReason.PROTOCOL_ERROR, f"sent {protocol.error}")
             elif not is_leaving:
                 self._log_gone(subscriber, f"closed with {protocol.close_code}")
 
@@ -1336,30 +1564,25 @@ class Hub:
 
     def _ping(self) -> None:
         """Ping those whose turn it is; who was silent for two intervals is gone."""
-        while self._pings and self._pings[0].next_ping <= self._now:
-            subscriber = self._pings.popleft()
-            if subscriber.is_gone or subscriber.deadline is not None:
-                continue
+        while self._pings:
+            subscriber = next(iter(self._pings))
+            if subscriber.next_ping > self._now:
+                break
             silence = self._now - subscriber.last_heard
-            if silence >= 2 * self.ping_interval:
-                log.warning(
-                    "browser dropped: %s was silent for %.0f s", subscriber.address, silence
-                )
+            if silence >= 2 * self._ping_interval:
+                self._drop(subscriber, DropReason.SILENT, f"was silent for {silence:.0f} s")
                 self._abort(subscriber)
                 continue
-            subscriber.next_ping = self._now + self.ping_interval
-            self._pings.append(subscriber)
+            subscriber.next_ping = self._now + self._ping_interval
+            self._pings.move_to_end(subscriber)
             self._write(subscriber, PING if subscriber.since is None else ALIVE + PING)
 
     def _evict(self, subscriber: Subscriber) -> None:
         """Give up on a browser that does not keep up; it can come back."""
         if subscriber.deadline is not None or subscriber.backlog is None:
             return
-        log.warning(
-            "browser dropped: %s is too slow, %d bytes wait for it",
-            subscriber.address,
-            subscriber.backlog.size,
-        )
+        text = f"is too slow, {subscriber.backlog.size} bytes wait for it"
+        self._drop(subscriber, DropReason.TOO_SLOW, text)
         subscriber.backlog.discard()
         self._close(subscriber, CloseCode.POLICY_VIOLATION, "too slow")
 
@@ -1408,7 +1631,8 @@ class Hub:
             subscriber.sock.close()
 
     def _log_call(self, call: Call, count: int) -> None:
-        """Log who called whom, and how many browsers got it; if none did, why."""
+        """Log and count who called whom, and how many browsers got it; if none did, why."""
+        self.metrics.observe(count, time.monotonic() - call.time)
         log.info(
             "call %s: phone=%s exten=%s from %s to %d browser%s%s",
             call.id,
@@ -1435,6 +1659,7 @@ class Hub:
 
     def _strike_off(self, subscriber: Subscriber) -> None:
         self._audience.discard(subscriber)
+        self._pings.pop(subscriber, None)
         with self._lock:
             self._registry.discard(subscriber)
 
@@ -1449,6 +1674,7 @@ FIELD_LINES = re.compile(rf"(?:{TOKEN_CHARS}:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*")
 AUTHORITY = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
 HEAD_END = b"\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+SUBPROTOCOL = "popup-notifier"  # what a page names beside its token
 SCRIPT_NAME = "popup-sample.js"
 SCRIPT_FOLDERS = (Path(__file__).resolve().parent, Path("/usr/local/share/popup-notifier"))
 FORM = "application/x-www-form-urlencoded"
@@ -1651,7 +1877,8 @@ class Connection:
 
     def __init__(self, sock: socket.socket, address: IPAddress) -> None:
         self.sock = sock  # non-blocking
-        self.address = address
+        self.address = address  # of the peer, until a trusted proxy says who is behind it
+        self.is_shaking_hands = isinstance(sock, ssl.SSLSocket)
         self.received = bytearray()
         self.request: Request | None = None  # known once its head is here
         self.route: Route | None = None  # known once it may ask for it
@@ -1716,27 +1943,34 @@ class RefusalLog:
     """Logs who was refused why. What repeats is summed up: a scan must not fill the disk."""
 
     def __init__(self) -> None:
+        self.totals: collections.Counter[int] = collections.Counter()  # by status
+        self._lock = threading.Lock()
         self._counts: collections.Counter[tuple[str, int]] = collections.Counter()
         self.deadline: float | None = None  # when to report, monotonic seconds
 
     def add(self, address: IPAddress, error: RequestError) -> None:
-        """Log a refusal, or count it when its like were logged just before."""
-        if self.deadline is None:
-            self.deadline = time.monotonic() + REPORT_PERIOD
+        """Log a refusal, or count it when its like were logged just before. Any thread."""
         key = (str(address), error.status.value)
-        self._counts[key] += 1
-        if self._counts[key] <= REPORT_LINES:
+        with self._lock:
+            if self.deadline is None:
+                self.deadline = time.monotonic() + REPORT_PERIOD
+            self.totals[error.status.value] += 1
+            self._counts[key] += 1
+            count, is_full = self._counts[key], len(self._counts) >= REPORT_KEYS
+        if count <= REPORT_LINES:
             log.warning("refused: %s %d %s", *key, error)
-        if len(self._counts) >= REPORT_KEYS:
+        if is_full:
             self.report()
 
     def report(self) -> None:
         """Log what was only counted, and begin anew."""
-        for (address, status), count in self._counts.items():
+        with self._lock:
+            counts, self._counts = self._counts, collections.Counter()
+            self.deadline = None
+        for (address, status), count in counts.items():
             if count > REPORT_LINES:
-                log.warning("refused: %s %d, %d times more", address, status, count - REPORT_LINES)
-        self._counts.clear()
-        self.deadline = None
+                more = count - REPORT_LINES
+                log.warning("refused: %s %d, %d times more", address, status, more)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -1750,22 +1984,39 @@ class Server(http.server.ThreadingHTTPServer):
     block_on_close = False  # else ThreadingMixIn remembers every thread for ever
     request_queue_size = LISTEN_QUEUE
 
-    def __init__(self, config: Config, hub: Hub, rooms: Rooms) -> None:
+    def __init__(
+        self,
+        config: Config,
+        port: int,
+        hub: Hub,
+        rooms: Rooms,
+        refusals: RefusalLog,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.config = config
         self.hub = hub
-        self.refusals = RefusalLog()
+        self.refusals = refusals
+        self.tls = tls  # None: this port speaks plain HTTP
+        is_for_browsers = port == config.client_port
+        self._routes = {
+            path: route
+            for path, route in ROUTES.items()
+            if route.access_list == "CRMWS_ALLOW" or not is_for_browsers
+        }
         self._rooms = rooms
         self._waker = Waker()
         self._is_stopping = False
+        self._tasks: collections.deque[Callable[[], None]] = collections.deque()
         self._accept_again: float | None = None  # when accepting is paused: until then
+        self._has_warned_of_proxy = False
+        self._free_threads = threading.BoundedSemaphore(MAX_THREADS)
         self._selector = selectors.DefaultSelector()
         host = "::" if config.listen is None and socket.has_dualstack_ipv6() else "0.0.0.0"
         if config.listen is not None:
             host = str(config.listen)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._free_threads = threading.BoundedSemaphore(MAX_THREADS)
         # Our own RequestHandler is called where the parent would call this one.
-        super().__init__((host, config.port), socketserver.BaseRequestHandler)
+        super().__init__((host, port), socketserver.BaseRequestHandler)
         self.socket.setblocking(False)
         # Accepted sockets inherit it: a frame must not wait for the last one's acknowledgement.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
@@ -1778,7 +2029,7 @@ class Server(http.server.ThreadingHTTPServer):
             is_one = self.config.listen is not None
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, is_one)
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), self.config.port
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def serve_forever(self, poll_interval: float = 0) -> None:
         """Accept and answer until stop(). Nothing is polled: `poll_interval` is the parent's."""
@@ -1789,11 +2040,18 @@ class Server(http.server.ThreadingHTTPServer):
                 ready = self._selector.select(self._until_deadline())
             for key, _ in ready:
                 key.data()
+            while self._tasks:
+                self._tasks.popleft()()
             self._expire()
 
     def stop(self) -> None:
         """Let serve_forever return. Any thread, and signal handlers."""
         self._is_stopping = True
+        self._waker.wake()
+
+    def call_soon(self, task: Callable[[], None]) -> None:
+        """Have something done by the thread that serves. Any thread, and signal handlers."""
+        self._tasks.append(task)
         self._waker.wake()
 
     def _until_deadline(self) -> float | None:
@@ -1835,6 +2093,15 @@ class Server(http.server.ThreadingHTTPServer):
                 self._pause(error)
                 return
             sock.setblocking(False)
+            try:
+                if self.tls is not None:
+                    # Wrapping the listener instead would let one silent peer stop us.
+                    sock = self.tls.wrap_socket(
+                        sock, server_side=True, do_handshake_on_connect=False
+                    )
+            except OSError:
+                sock.close()  # it left already
+                continue
             self._read(Connection(sock, peer_address(peer[0])))
 
     def _pause(self, error: OSError) -> None:
@@ -1846,10 +2113,15 @@ class Server(http.server.ThreadingHTTPServer):
     def _read(self, connection: Connection) -> None:
         """Read what is there; answer a whole request, wait for the rest of another."""
         try:
+            if connection.is_shaking_hands:
+                shake_hands(connection)
             data = connection.sock.recv(READ_SIZE)
         except WOULD_BLOCK:
             self._wait(connection)
             return
+        except ssl.SSLError as error:
+            self.refusals.add(connection.address, tls_refusal(error))
+            data = b""
         except OSError:
             data = b""
         if not data:
@@ -1865,7 +2137,12 @@ class Server(http.server.ThreadingHTTPServer):
         """Answer a request that is whole; refuse early what will be refused anyway."""
         request = connection.request
         if request is not None:
-            connection.route = self._find_route(request, connection.address)
+            if connection.route is None:
+                self._note_proxy(connection, request)
+                forwarded = request.fields.get("x-forwarded-for")
+                proxies = self.config.trusted_proxies
+                connection.address = client_address(connection.address, forwarded, proxies)
+                connection.route = self._find_route(request, connection.address)
             if connection.is_complete:
                 self._leave_room(connection)
                 self._answer(connection)
@@ -1902,11 +2179,24 @@ class Server(http.server.ThreadingHTTPServer):
             del connection.room[connection]
             connection.room = None
 
+    def _note_proxy(self, connection: Connection, request: Request) -> None:
+        """Warn once of a proxy on this machine that would let everybody in as 127.0.0.1."""
+        is_here = connection.address.is_loopback and "x-forwarded-for" in request.fields
+        if is_here and not self.config.trusted_proxies.allows(connection.address):
+            if not self._has_warned_of_proxy:
+                log.warning(
+                    "a proxy at %s sends X-Forwarded-For but is not in TRUSTED_PROXIES: "
+                    "everybody behind it counts as %s",
+                    connection.address,
+                    connection.address,
+                )
+            self._has_warned_of_proxy = True
+
     def _find_route(self, request: Request, address: IPAddress) -> Route:
         """Return what a request asks for, if this address may: 404, then 405, then 403."""
-        route = ROUTES.get(request.path)
+        route = self._routes.get(request.path)
         if route is None:
-            reason = f"{quote(request.path)} is not here; known are {', '.join(ROUTES)}"
+            reason = f"{quote(request.path)} is not here; known are {', '.join(self._routes)}"
             raise RequestError(HTTPStatus.NOT_FOUND, reason)
         if request.method != route.method:
             reason = f"{request.path} takes {route.method} only"
@@ -1996,6 +2286,7 @@ class RequestHandler:
 
     def handle_trigger(self) -> bytes:
         """Take a call from the PBX: POST /api/trigger."""
+        self.check_site()
         pairs = parse_form(self.request.query)
         try:
             pairs += parse_body(self.request, self.connection.rest[: self.request.content_length])
@@ -2006,29 +2297,42 @@ class RequestHandler:
         self.server.hub.broadcast(check_parameters(pairs), str(self.connection.address))
         return serialize_response(HTTPStatus.OK, "OK")
 
+    def check_site(self) -> None:
+        """Refuse what a foreign page had a browser send: its address may be in the list."""
+        fields = self.request.fields
+        site, origin = fields.get("sec-fetch-site", "none"), fields.get("origin")
+        own = [plain_origin(f"{scheme}://{fields.get('host')}") for scheme in ("http", "https")]
+        if site not in ("none", "same-origin") or (origin and plain_origin(origin) not in own):
+            source = quote(origin or site)
+            raise RequestError(HTTPStatus.FORBIDDEN, f"a page of {source} may not trigger")
+
     def check_token(self, pairs: Iterable[tuple[str, object]]) -> None:
         """Refuse a trigger without the right token, in constant time."""
         given = [str(value) for name, value in pairs if name == "token"]
         scheme, _, bearer = self.request.fields.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             given.append(bearer.strip())
-        token = self.server.config.secret_token.encode()
-        if not any(hmac.compare_digest(each.encode("utf-8", "replace"), token) for each in given):
+        if not is_given(self.server.config.secret_token, given):
             reason = "token is not SECRET_TOKEN" if given else "token is missing"
             raise RequestError(HTTPStatus.UNAUTHORIZED, reason, WWW_Authenticate="Bearer")
 
     def handle_upgrade(self) -> None:
         """Hand a browser over to the Hub: GET /crmws."""
+        self.check_page()
         if self.request.minor == 0:
             raise upgrade_required("WebSocket needs HTTP/1.1, also from a proxy on the way")
         accept = check_handshake(self.request.fields)
         if self.request.content_length:
             raise bad_request("a handshake has no body")
         extens, since = parse_subscription(self.request.query)
-        greeting = serialize_head(
-            HTTPStatus.SWITCHING_PROTOCOLS,
-            {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": accept},
-        )
+        fields = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": accept}
+        offered = self.subprotocols()
+        if offered:
+            # A browser gives up unless one of those that it offered is chosen.
+            fields["Sec-WebSocket-Protocol"] = (
+                SUBPROTOCOL if SUBPROTOCOL in offered else offered[0]
+            )
+        greeting = serialize_head(HTTPStatus.SWITCHING_PROTOCOLS, fields)
         connection, hub = self.connection, self.server.hub
         subscriber = Subscriber(
             connection.sock, connection.address, extens, since, connection.rest
@@ -2036,6 +2340,39 @@ class RequestHandler:
         if not hub.subscribe(subscriber, greeting):
             reason = f"{hub.max_browsers} browsers are connected, no more may be"
             raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, reason, Retry_After="30")
+
+    def subprotocols(self) -> list[str]:
+        """Return the subprotocols that a browser offers: a page may give its token as one."""
+        field = self.request.fields.get("sec-websocket-protocol", "")
+        return [each.strip() for each in field.split(",") if each.strip()]
+
+    def check_page(self) -> None:
+        """Refuse a browser by its page's origin, 403, or its token, 401."""
+        config, origin = self.server.config, self.request.fields.get("origin")
+        if not config.crmws_origins.allow(origin):
+            entry = plain_origin(origin or "")
+            reason = f"origin {quote(entry)} is not in CRMWS_ORIGINS"
+            raise RequestError(HTTPStatus.FORBIDDEN, reason)
+        if config.crmws_token is not None:
+            given = [
+                str(value) for name, value in parse_form(self.request.query) if name == "token"
+            ]
+            given += self.subprotocols()
+            if not is_given(config.crmws_token, given):
+                raise RequestError(HTTPStatus.UNAUTHORIZED, "token is not CRMWS_TOKEN")
+
+    def handle_health(self) -> bytes:
+        """Say whether calls get through: GET /healthz."""
+        if not self.server.hub.is_turning(HEALTH_TIMEOUT):
+            reason = f"the hub has not turned for {HEALTH_TIMEOUT:.0f} s"
+            raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, reason)
+        return serialize_response(HTTPStatus.OK, f"OK\n{self.server.hub.count()} browsers\n")
+
+    def handle_metrics(self) -> bytes:
+        """Count what happened, for Prometheus: GET /metrics."""
+        text = "\n".join(metrics_lines(self.server.hub, self.server.refusals)) + "\n"
+        fields = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        return serialize_response(HTTPStatus.OK, text, fields)
 
     def handle_status_page(self) -> bytes:
         """Show that it all works: GET /."""
@@ -2063,6 +2400,54 @@ class RequestHandler:
         ]:
             return serialize_response(HTTPStatus.NOT_MODIFIED, b"", fields)
         return serialize_response(HTTPStatus.OK, content, fields)
+
+
+def is_given(token: str, given: Iterable[str]) -> bool:
+    """Tell whether a secret is among what was given, in constant time each."""
+    secret = token.encode()
+    return any(hmac.compare_digest(each.encode("utf-8", "replace"), secret) for each in given)
+
+
+def metrics_lines(hub: Hub, refusals: RefusalLog) -> Iterator[str]:
+    """Yield the metrics in Prometheus's text format."""
+
+    def metric(name: str, kind: str, text: str, *samples: tuple[str, float]) -> Iterator[str]:
+        yield f"# HELP popup_notifier_{name} {text}"
+        yield f"# TYPE popup_notifier_{name} {kind}"
+        for suffix, value in samples:
+            yield f"popup_notifier_{name}{suffix} {value}"
+
+    counted = hub.metrics
+    drops = [(f'{{reason="{reason.value}"}}', count) for reason, count in counted.drops.items()]
+    refused = [(f'{{status="{status}"}}', count) for status, count in refusals.totals.items()]
+    buckets: list[tuple[str, float]] = [
+        (f'_bucket{{le="{limit}"}}', count)
+        for limit, count in zip(DELIVERY_BUCKETS, counted.within)
+    ]
+    buckets += [
+        ('_bucket{le="+Inf"}', counted.calls),
+        ("_sum", counted.seconds),
+        ("_count", counted.calls),
+    ]
+    yield from metric("info", "gauge", "The version that runs.", (f'{{version="{VERSION}"}}', 1))
+    yield from metric("uptime_seconds", "gauge", "Time since the start.", ("", uptime()))
+    yield from metric("browsers", "gauge", "Browsers connected now.", ("", hub.count()))
+    yield from metric("calls_total", "counter", "Calls broadcast.", ("", counted.calls))
+    yield from metric(
+        "deliveries_total", "counter", "Calls times browsers.", ("", counted.deliveries)
+    )
+    yield from metric("dropped_browsers_total", "counter", "Connections we ended.", *drops)
+    yield from metric("refused_requests_total", "counter", "Requests refused.", *refused)
+    text = "From a trigger to the last browser's send."
+    yield from metric("delivery_seconds", "histogram", text, *buckets)
+
+
+START = time.monotonic()
+
+
+def uptime() -> float:
+    """Return the seconds since the start."""
+    return round(time.monotonic() - START, 3)
 
 
 def parse_subscription(query: bytes) -> tuple[frozenset[str], CallID | str | None]:
@@ -2109,6 +2494,8 @@ class Route(NamedTuple):
 ROUTES = {
     "/api/trigger": Route("POST", "TRIGGER_ALLOW", RequestHandler.handle_trigger),
     "/crmws": Route("GET", "CRMWS_ALLOW", RequestHandler.handle_upgrade),
+    "/healthz": Route("GET", "TRIGGER_ALLOW", RequestHandler.handle_health, is_slow=True),
+    "/metrics": Route("GET", "TRIGGER_ALLOW", RequestHandler.handle_metrics),
     "/": Route("GET", "CRMWS_ALLOW", RequestHandler.handle_status_page, is_slow=True),
     f"/{SCRIPT_NAME}": Route("GET", "CRMWS_ALLOW", RequestHandler.handle_script, is_slow=True),
 }
@@ -2203,6 +2590,109 @@ STATUS_PAGE = r"""<!doctype html>
 """
 
 
+# --- 6. TLS ------------------------------------------------------------------------------------
+
+
+def make_tls_context(cert_file: Path, key_file: Path) -> ssl.SSLContext:
+    """Return what CLIENT_PORT shows browsers; raises ConfigError saying what is wrong."""
+    for name, path in (("CERT_FILE", cert_file), ("KEY_FILE", key_file)):
+        try:
+            path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{name}: cannot read {path}: {error.strerror}") from None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(cert_file, key_file, password=lambda: "")
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            why = f"the key of KEY_FILE {key_file} is not that of CERT_FILE {cert_file}"
+        else:
+            why = f"CERT_FILE {cert_file} or KEY_FILE {key_file} is not in PEM form, or needs a "
+            why += f"password ({error.reason or error})"
+        raise ConfigError(why) from None
+    return context
+
+
+def expiry(cert_file: Path) -> float | None:
+    """Return when a certificate ends, in seconds since 1970; None if that can't be read."""
+    try:
+        text = cert_file.read_text("latin-1").partition(ssl.PEM_HEADER)[2]
+        first = ssl.PEM_HEADER + text.partition(ssl.PEM_FOOTER)[0] + ssl.PEM_FOOTER
+        der = ssl.PEM_cert_to_DER_cert(first)
+        # RFC 5280 section 4.1: signature, issuer, validity, ... are the SEQUENCEs of it.
+        outer = der_values(der)[0][1]
+        fields = der_values(der_values(outer)[0][1])
+        sequences = [value for tag, value in fields if tag == DER_SEQUENCE]
+        kind, end = der_values(sequences[2])[1]
+    except (OSError, ValueError, IndexError):
+        return None
+    pattern = "%y%m%d%H%M%SZ" if kind == DER_UTC_TIME else "%Y%m%d%H%M%SZ"
+    return calendar.timegm(time.strptime(end.decode("ascii"), pattern))
+
+
+DER_SEQUENCE = 0x30
+DER_UTC_TIME = 0x17
+
+
+def der_values(data: bytes) -> list[tuple[int, bytes]]:
+    """Return the (tag, content) pairs that stand one after another in DER."""
+    values = []
+    start = 0
+    while start < len(data):
+        tag, size, head = data[start], data[start + 1], 2
+        if size & 0x80:
+            head += size & 0x7F
+            size = int.from_bytes(data[start + 2 : start + head], "big")
+        values.append((tag, data[start + head : start + head + size]))
+        start += head + size
+    return values
+
+
+def shake_hands(connection: Connection) -> None:
+    """Do what can be done of a TLS handshake now; raises one of WOULD_BLOCK, or SSLError."""
+    assert isinstance(connection.sock, ssl.SSLSocket)
+    connection.sock.do_handshake()
+    connection.is_shaking_hands = False
+
+
+def tls_refusal(error: ssl.SSLError) -> RequestError:
+    """Return what the log says of a failed TLS handshake; no answer can be sent."""
+    reasons = {
+        "HTTP_REQUEST": "speaks http on the https port",
+        "TLSV1_ALERT_UNKNOWN_CA": "does not trust our certificate",
+        "SSLV3_ALERT_CERTIFICATE_UNKNOWN": "does not trust our certificate",
+        "SSLV3_ALERT_BAD_CERTIFICATE": "does not trust our certificate",
+        "SSLV3_ALERT_CERTIFICATE_EXPIRED": "finds our certificate expired",
+    }
+    reason = error.reason or "connection lost"
+    return RequestError(HTTPStatus.BAD_REQUEST, f"TLS: {reasons.get(reason, reason)}")
+
+
+# --- 8. systemd --------------------------------------------------------------------------------
+
+
+class ServiceManager:
+    """Tells systemd how we are (sd_notify(3)); does nothing when started by somebody else."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        address = environ.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address else None
+        watchdog = int(environ.get("WATCHDOG_USEC") or 0) / 1_000_000
+        # Seconds between two signs of life, math.inf for none; twice as often as is asked for.
+        self.interval = min(watchdog / 2 or math.inf, STATUS_INTERVAL) if address else math.inf
+
+    def notify(self, *lines: str) -> None:
+        """Send assignments such as READY=1. Any thread."""
+        if self._socket is not None:
+            self._socket.setblocking(False)
+            try:
+                self._socket.sendto("\n".join(lines).encode(), self._address)
+            except OSError as error:
+                log.warning("cannot tell systemd %s: %s", lines[0], error.strerror)
+
+
 # --- 9. Command line ---------------------------------------------------------------------------
 
 BASE_FILES = 16  # descriptors for ourselves: listener, selectors, wakers, log, a file read
@@ -2258,28 +2748,41 @@ def is_journal(descriptor: int) -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-def share_files(max_browsers: int) -> tuple[int, Rooms]:
-    """Raise the limit of open files; return how many browsers it allows, and the waiting rooms.
-
-    Rooms get at most a quarter, so that neither browsers nor slow peers can leave a trigger
-    without a descriptor.
-    """
+def raise_file_limit() -> int:
+    """Raise the limit of open files as far as it goes; return it."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    free = limit - BASE_FILES
-    share = min(free / 4 / sum(ROOM_SIZES), 1)
-    sizes = [max(int(size * share), 1) for size in ROOM_SIZES]
+    return limit
+
+
+def room_sizes(limit: int, servers: int) -> list[int]:
+    """Return the sizes of each server's rooms under a limit of open files.
+
+    They get at most a quarter of it: neither browsers nor slow peers can leave a trigger without
+    a descriptor.
+    """
+    share = min((limit - BASE_FILES) / 4 / (sum(ROOM_SIZES) * servers), 1)
+    return [max(int(size * share), 1) for size in ROOM_SIZES]
+
+
+def make_rooms(sizes: list[int]) -> Rooms:
+    """Return one server's rooms."""
     timeouts = (REQUEST_TIMEOUT, REQUEST_TIMEOUT, REQUEST_TIMEOUT, DRAIN_TIMEOUT)
-    allowed = max(free - sum(sizes), 1)
-    if allowed < max_browsers:
+    return Rooms(*map(Room, sizes, timeouts))
+
+
+def bound_browsers(wanted: int, limit: int, waiting: int) -> int:
+    """Return how many browsers there may be beside those that wait, and warn if it is fewer."""
+    allowed = max(limit - BASE_FILES - waiting, 1)
+    if allowed < wanted:
         log.warning(
             "MAX_BROWSERS is %d, but the limit of %d open files allows %d: raise LimitNOFILE",
-            max_browsers,
+            wanted,
             limit,
             allowed,
         )
-    return min(max_browsers, allowed), Rooms(*map(Room, sizes, timeouts))
+    return min(wanted, allowed)
 
 
 def state_file(port: int) -> Path | None:
@@ -2310,56 +2813,160 @@ def parse_args(args: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="the configuration (default: %(default)s)",
     )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="say what the configuration means and whether it can be used, then end",
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     return parser.parse_args(args)
 
 
-def listen(config: Config, hub: Hub, rooms: Rooms) -> Server:
-    """Return a server that listens; raises ConfigError with what to do about it."""
-    try:
-        return Server(config, hub, rooms)
-    except OSError as error:
-        where = f"{config.listen or 'every address'}, port {config.port}"
-        hint = ""
-        if error.errno == errno.EADDRINUSE:
-            hint = f"; 'ss -ltnp sport = :{config.port}' shows by whom"
-        elif error.errno == errno.EACCES:
-            hint = "; ports below 1024 need CAP_NET_BIND_SERVICE"
-        raise ConfigError(f"cannot listen on {where}: {error.strerror}{hint}") from None
+def load_tls(config: Config) -> ssl.SSLContext | None:
+    """Return the TLS context that a configuration asks for; warn of an expired certificate."""
+    if not config.use_ssl or config.cert_file is None or config.key_file is None:
+        return None
+    context = make_tls_context(config.cert_file, config.key_file)
+    end = expiry(config.cert_file)
+    if end is not None and end < time.time():
+        day = time.strftime("%F", time.gmtime(end))
+        log.warning("CERT_FILE %s expired on %s: browsers will refuse it", config.cert_file, day)
+    return context
+
+
+class Daemon:
+    """All that runs: the hub, a server for each port, and the configuration they have."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = self._load()
+        self.manager = ServiceManager(os.environ)
+        tls = load_tls(self.config)
+        ports: list[tuple[int, ssl.SSLContext | None]] = [(self.config.port, None)]
+        if self.config.client_port is not None:
+            ports.append((self.config.client_port, tls))
+        self.file_limit = raise_file_limit()
+        self.sizes = room_sizes(self.file_limit, len(ports))
+        self.waiting = sum(self.sizes) * len(ports)
+        max_browsers = bound_browsers(self.config.max_browsers, self.file_limit, self.waiting)
+        ids = IDSource(state_file(self.config.port))
+        self.hub = Hub(self.config, max_browsers, ids, self.manager)
+        refusals = RefusalLog()
+        self.servers = [self._listen(port, refusals, context) for port, context in ports]
+
+    def _load(self) -> Config:
+        """Return the configuration; log what is odd."""
+        config, warnings = load_config(self.path)
+        for warning in warnings:
+            log.warning("%s", warning)
+        return config
+
+    def _listen(self, port: int, refusals: RefusalLog, tls: ssl.SSLContext | None) -> Server:
+        """Return a server that listens; raises ConfigError with what to do about it."""
+        try:
+            rooms = make_rooms(self.sizes)
+            return Server(self.config, port, self.hub, rooms, refusals, tls)
+        except OSError as error:
+            where = f"{self.config.listen or 'every address'}, port {port}"
+            hint = ""
+            if error.errno == errno.EADDRINUSE:
+                hint = f"; 'ss -ltnp sport = :{port}' shows by whom"
+            elif error.errno == errno.EACCES:
+                hint = "; ports below 1024 need CAP_NET_BIND_SERVICE"
+            raise ConfigError(f"cannot listen on {where}: {error.strerror}{hint}") from None
+
+    def run(self) -> int:
+        """Serve until SIGTERM or SIGINT; return the exit status."""
+        main, *others = self.servers
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: main.stop())
+        signal.signal(signal.SIGHUP, lambda *_: main.call_soon(self.reload))
+        self.hub.start(on_failure=main.stop)
+        for server in others:
+            threading.Thread(target=server.serve_forever, name="clients", daemon=True).start()
+        self._log_start()
+        self.manager.notify("READY=1")
+        main.serve_forever()
+        self.manager.notify("STOPPING=1")
+        for server in others:
+            server.stop()
+        main.server_close()
+        self.hub.close()
+        log.info("popup-notifier stopped")
+        return 1 if self.hub.has_failed else 0
+
+    def _log_start(self) -> None:
+        config = self.config
+        ports = f"port {config.port}"
+        if config.client_port is not None:
+            ports += f" and {'https' if config.use_ssl else 'http'} port {config.client_port}"
+        log.info(
+            "popup-notifier %s listens on %s, %s: triggers from %s, browsers from %s",
+            VERSION,
+            config.listen or "every address",
+            ports,
+            config.trigger_allow,
+            config.crmws_allow,
+        )
+
+    def reload(self) -> None:
+        """Take over the configuration and the certificate as they are now; or keep the old."""
+        self.manager.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            config = self._load()
+            tls = load_tls(config) if self.config.use_ssl else None
+        except ConfigError as error:
+            for line in error.lines:
+                log.error("%s", line)
+            log.error("the configuration was not reloaded: the old one stays in force")
+        else:
+            self._apply(config, tls)
+        self.manager.notify("READY=1")
+
+    def _apply(self, config: Config, tls: ssl.SSLContext | None) -> None:
+        for key, old, new in zip(KEYS, self.config, config):
+            if key.needs_restart and old != new:
+                log.warning("%s has changed: that needs a restart", key.name)
+                unchanged: dict[str, Any] = {key.name.lower(): old}
+                config = config._replace(**unchanged)
+        self.config = config
+        for server in self.servers:
+            server.config = config
+            # Connections keep the context that they began with.
+            server.tls = tls if server.tls is not None else None
+        max_browsers = bound_browsers(config.max_browsers, self.file_limit, self.waiting)
+        self.hub.reconfigure(config, max_browsers)
+        log.info(
+            "configuration reloaded: triggers from %s, browsers from %s",
+            config.trigger_allow,
+            config.crmws_allow,
+        )
+
+
+def check(path: Path) -> None:
+    """Print what a configuration means; raises ConfigError when it can't be used."""
+    config, warnings = load_config(path)
+    for line in describe_config(config):
+        print(line)
+    for warning in warnings:
+        log.warning("%s", warning)
+    load_tls(config)
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the daemon until SIGTERM or SIGINT; return the exit status."""
+    """Do what the command line says; return the exit status."""
     options = parse_args(args)
     set_up_log()
     try:
-        config, warnings = load_config(options.config)
-        for warning in warnings:
-            log.warning("%s", warning)
-        max_browsers, rooms = share_files(config.max_browsers)
-        ids = IDSource(state_file(config.port))
-        hub = Hub(config.ping_interval, max_browsers, config.history, ids)
-        server = listen(config, hub, rooms)
+        if options.check:
+            check(options.config)
+            return 0
+        daemon = Daemon(options.config)
     except ConfigError as error:
         for line in error.lines:
             log.error("%s", line)
         return 1
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: server.stop())
-    hub.start(on_failure=server.stop)
-    log.info(
-        "popup-notifier %s listens on %s, port %d: triggers from %s, browsers from %s",
-        VERSION,
-        config.listen or "every address",
-        config.port,
-        config.trigger_allow,
-        config.crmws_allow,
-    )
-    server.serve_forever()
-    server.server_close()
-    hub.close()
-    log.info("popup-notifier stopped")
-    return 1 if hub.has_failed else 0
+    return daemon.run()
 
 
 if __name__ == "__main__":

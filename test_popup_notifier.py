@@ -99,6 +99,7 @@ class Daemon:
         self.port = free_port()
         self.folder = tempfile.TemporaryDirectory()
         self.config = Path(self.folder.name, "popup-notifier.conf")
+        self.config.touch(0o600)
         self.write_config(**keys) if text is None else self.config.write_text(text)
         self.lines: list[str] = []
         self._news = threading.Condition()
@@ -1597,6 +1598,12 @@ class TestResources(unittest.TestCase):
                 self.assertEqual(len(body.decode().splitlines()), 1)
 
 
+# --- 6. TLS ------------------------------------------------------------------------------------
+
+
+# --- 8. systemd --------------------------------------------------------------------------------
+
+
 # --- 9. Command line ---------------------------------------------------------------------------
 
 
@@ -1622,6 +1629,7 @@ class TestCommandLine(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         path = Path(folder.name, "popup-notifier.conf")
+        path.touch(0o600)
         path.write_text(text)
         return str(path)
 
@@ -1666,12 +1674,9 @@ class TestCommandLine(unittest.TestCase):
         with Daemon() as daemon:
             browsers = [daemon.browser() for _ in range(20)]
             self.assertEqual(daemon.stop(), 0)
-            again = subprocess.Popen(daemon.process.args, stderr=subprocess.PIPE, text=True)
-            assert again.stderr is not None
-            with again, again.stderr:
-                self.assertIn("listens on", again.stderr.readline())
-                again.terminate()
-                self.assertEqual(again.wait(TIMEOUT), 0)
+            with Daemon(PORT=daemon.port) as again:
+                again.port = daemon.port
+                self.assertEqual(again.trigger(), 200)
             for browser in browsers:
                 browser.sock.close()
 
@@ -1690,21 +1695,17 @@ class TestCommandLine(unittest.TestCase):
 
     def test_no_name_is_looked_up(self) -> None:
         poison = (
-            "import socket, runpy, sys\n"
+            "import socket, runpy\n"
             "def fail(*args): raise SystemExit('a name was looked up')\n"
             "socket.getfqdn = socket.gethostbyaddr = socket.gethostbyname = fail\n"
-            "sys.argv = ['x', '--config', sys.argv[1]]\n"
+            "socket.getaddrinfo = socket.getnameinfo = fail\n"
             f"runpy.run_path({str(PROGRAM)!r}, run_name='__main__')\n"
         )
-        path = self.config(f"PORT={free_port()}\nSECRET_TOKEN=t")
-        process = subprocess.Popen(
-            [sys.executable, "-c", poison, path], stderr=subprocess.PIPE, text=True
-        )
-        assert process.stderr is not None
-        with process, process.stderr:
-            self.assertIn("listens on", process.stderr.readline())
-            process.terminate()
-            self.assertEqual(process.wait(TIMEOUT), 0)
+        with tempfile.TemporaryDirectory() as folder:
+            program = Path(folder, "poisoned.py")
+            program.write_text(poison)
+            with Daemon(program=program) as daemon:
+                self.assertEqual(daemon.trigger(), 200)
 
     def test_copied_alone_it_runs(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -2130,6 +2131,8 @@ class TestFiles(unittest.TestCase):
                 # What is commented out shows the default, where there is one to show.
                 if matched[0].startswith("#") and key.default:
                     self.assertEqual(matched[1], key.default)
+                elif matched[1]:
+                    key.parse(matched[1])
 
 
 if __name__ == "__main__":

@@ -308,8 +308,9 @@ def soak(bench: Bench, options: Options) -> bool:
     """Print what the daemon holds after a thousand calls and after all, and tell if it grew."""
     slices = SOAK_SLICES // 10 if options.quick else SOAK_SLICES
     deadline = time.monotonic() + SOAK_LIMIT
-    # What is remembered for recovery is to be as much at the end as after the first thousand.
-    with bench.daemon(HISTORY="1") as server:
+    # What is kept for a time (calls for recovery, who left until its next ping is due) is to be as
+    # much after the first thousand as at the end, so the time is short.
+    with bench.daemon(HISTORY="1", PING_INTERVAL="1") as server:
         idle = holdings(server.pid)
         first = soak_slice(bench, server, 1_000, idle)
         last = first
