@@ -2506,45 +2506,47 @@ STATUS_PAGE = r"""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>popup-notifier</title>
 <style>
-  :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --paper: #f6f8fa; --card: #fff; --rule: #d1d9e0;
-    --good: #1a7f37; --wait: #9a6700; --bad: #cf222e }
-  @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9198a1; --paper: #0d1117; --card: #161b22;
-    --rule: #3d444d; --good: #3fb950; --wait: #d29922; --bad: #ff7b72 } }
-  body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
+  :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --paper: #f6f8fa;
+    --card: #fff; --rule: #d1d9e0; --good: #1a7f37; --wait: #9a6700; --bad: #cf222e }
+  @media (prefers-color-scheme: dark) {
+    :root { --ink: #e6edf3; --soft: #9198a1; --paper: #0d1117;
+      --card: #161b22; --rule: #3d444d; --good: #3fb950; --wait: #d29922; --bad: #ff7b72 }
+  }
+  body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui }
   main { max-width: 860px; margin: 0 auto; padding: 24px 16px }
   h1 { margin: 0 0 16px; font-size: 1.25rem }
-  #state { display: flex; align-items: center; gap: 12px; padding: 16px; border: 1px solid var(--rule);
-    border-left: 6px solid var(--wait); border-radius: 8px; background: var(--card); font-size: 1.25rem; font-weight: 600 }
-  #state::before { content: "…"; color: var(--wait) }
-  #state.open { border-left-color: var(--good) } #state.open::before { content: "✓"; color: var(--good) }
-  #state.bad { border-left-color: var(--bad) } #state.bad::before { content: "!"; color: var(--bad) }
+  #state { margin: 0; padding: 16px; border: 1px solid var(--rule); border-radius: 8px;
+    border-left: 6px solid var(--line); background: var(--card); font-size: 1.25rem;
+    font-weight: 600; overflow-wrap: anywhere }
+  #state { --line: var(--wait) }
+  #state.open { --line: var(--good) } #state.bad { --line: var(--bad) }
+  #state::before { margin-right: 12px; color: var(--line); content: "…" }
+  #state.open::before { content: "✓" } #state.bad::before { content: "!" }
   form { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; margin: 20px 0 }
-  input, button { font: inherit; color: inherit; padding: 6px 10px; border: 1px solid var(--soft); border-radius: 6px;
-    background: var(--card) }
-  input { width: 9em } button { cursor: pointer }
-  #empty { color: var(--soft) }
-  pre { padding: 12px; border: 1px solid var(--rule); border-radius: 8px; background: var(--card); color: var(--ink);
-    white-space: pre-wrap; overflow-wrap: anywhere }
-  table { width: 100%; border-collapse: collapse; background: var(--card); overflow-wrap: anywhere }
-  th, td { padding: 8px 12px; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top }
-  th { color: var(--soft); font-size: .875rem; font-weight: 600 }
-  td { unicode-bidi: isolate } td:nth-child(2) { font-weight: 600 }
-  td:first-child { white-space: nowrap } td:nth-child(2) { min-width: 7em }
-  :focus-visible { outline: 3px solid #0969da; outline-offset: 2px }
-  @media (max-width: 540px) { th, td { padding: 8px 4px; font-size: .875rem } }
+  input, button { padding: 6px 10px; border: 1px solid var(--soft); border-radius: 6px;
+    background: var(--card); color: inherit; font: inherit }
+  input { flex: 0 1 10em; min-width: 0 }
+  pre { padding: 12px; border: 1px solid var(--rule); border-radius: 8px;
+    background: var(--card); white-space: pre-wrap; overflow-wrap: anywhere }
+  table { width: 100%; border-collapse: collapse; background: var(--card) }
+  th, td { padding: 8px; border-bottom: 1px solid var(--rule); text-align: left;
+    vertical-align: top; overflow-wrap: anywhere }
+  b, td { unicode-bidi: isolate }
+  th { color: var(--soft); font-size: .875rem; font-weight: 600; white-space: nowrap }
+  td:first-child { white-space: nowrap } td:nth-child(2) { width: 65% }
 </style>
 <main>
   <h1>popup-notifier</h1>
   <p id="state" role="status"></p>
   <form>
-    <label for="exten" data-say="exten"></label>
-    <input id="exten" name="exten" inputmode="numeric" placeholder="201,202" autocomplete="off">
+    <label for="exten" data-say="filter"></label>
+    <input id="exten" name="exten" placeholder="201,202" autocomplete="off">
     <button data-say="apply"></button>
   </form>
   <section id="empty"><p data-say="empty"></p><pre tabindex="0"></pre></section>
   <table hidden>
-    <thead><tr><th scope="col" data-say="time"><th scope="col" data-say="phone"><th scope="col" data-say="name"><th scope="col" data-say="called"></thead>
-    <tbody aria-live="polite"></tbody>
+    <thead><tr><th data-say="time"><th data-say="phone"><th data-say="exten">
+    <tbody aria-live="polite">
   </table>
 </main>
 <script src="/popup-sample.js" data-manual></script>
@@ -2552,40 +2554,52 @@ STATUS_PAGE = r"""<!doctype html>
   'use strict';
   const MAX_ROWS = 50;
   const WORDS = {
-    exten: ['Extension (empty: all)', '内線 (空欄: すべて)'], apply: ['Show', '表示'],
-    empty: ['No call yet. Try this on the PBX:', 'まだ着信がありません。PBX で次のコマンドを試してください。'],
-    time: ['Time', '時刻'], phone: ['Caller', '発信者'], name: ['Name', '名前'], called: ['Extension', '内線'],
-    withheld: ['withheld', '非通知'], missed: ['while offline', '切断中'], answer: ['answered', '応答'], end: ['ended', '終了'],
+    start: ['Connecting', '接続しています'], apply: ['Show', '表示'],
+    filter: ['Extension (empty: all)', '内線 (空欄: すべて)'],
+    empty: ['No call yet. Try this on the PBX, with your token:',
+      'まだ着信がありません。PBX で次のコマンドを試してください (token は設定ファイルの値)。'],
+    time: ['Time', '時刻'], phone: ['Caller', '発信者'], exten: ['Extension', '内線'],
+    withheld: ['withheld', '非通知'],
+    missed: ['missed', '切断中'], answer: ['answered', '応答'], end: ['ended', '終了'],
   };
   const isJapanese = /^ja\b/i.test(navigator.language);
   const say = (key) => WORDS[key][isJapanese ? 1 : 0];
   const find = (selector) => document.querySelector(selector);
+  const exten = new URLSearchParams(location.search).get('exten') || '';
 
   document.documentElement.lang = isJapanese ? 'ja' : 'en';
-  document.querySelectorAll('[data-say]').forEach((node) => { node.textContent = say(node.dataset.say); });
-  find('#exten').value = new URLSearchParams(location.search).get('exten') || '';
-  find('pre').textContent = `curl -m 1 -X POST "${location.origin}/api/trigger?phone=0312345678&exten=`
-    + `${encodeURIComponent(find('#exten').value.split(',')[0].trim() || 'all')}&token=SECRET_TOKEN"`;
+  for (const node of document.querySelectorAll('[data-say]')) {
+    node.textContent = say(node.dataset.say);
+  }
+  find('#state').textContent = say('start');
+  find('#exten').value = exten;
+  find('pre').textContent = `curl -m 1 -X POST "${location.origin}/api/trigger`
+    + `?phone=0312345678&exten=${exten.split(',')[0] || 'all'}&token=SECRET_TOKEN"`;
 
-  function showStatus({ state, reason, text }) {
+  function onStatus({ state, reason, text }) {
     find('#state').textContent = text;
-    find('#state').className = state === 'open' && !reason ? 'open' : reason ? 'bad' : '';
+    find('#state').className = state !== 'open' && reason ? 'bad' : reason ? 'gap' : state;
     document.title = `${state === 'open' ? '✓' : '!'} popup-notifier`;
     return false; // no notice: it is all said here
   }
 
-  function showCall({ time, phone, name, exten, event, missed }) {
+  function onCall({ time, phone, name, exten: called, event, missed }) {
+    const clock = time.toTimeString().slice(0, 8);
+    const note = missed ? 'missed' : event;
+    const row = find('tbody').insertRow(0);
+    const number = document.createElement('b');
+    number.textContent = phone || say('withheld');
+    row.insertCell().append(clock);
+    row.insertCell().append(number, ` ${name}`);
+    row.insertCell().append(called);
+    if (/^(missed|answer|end)$/.test(note)) row.lastChild.append(` ${say(note)}`);
+    if (find('tbody').rows.length > MAX_ROWS) find('tbody').deleteRow(-1);
     find('#empty').hidden = true;
     find('table').hidden = false;
-    const row = find('tbody').insertRow(0);
-    const note = missed ? say('missed') : event === 'ring' ? '' : say(event);
-    const texts = [time.toLocaleTimeString(document.documentElement.lang, { hour12: false }), phone || say('withheld'), name, note ? `${exten} (${note})` : exten];
-    texts.forEach((text) => { row.insertCell().textContent = text; });
-    if (find('tbody').rows.length > MAX_ROWS) find('tbody').deleteRow(-1);
-    return innerWidth > 700; // on a phone the popup would cover the list
+    return window.innerWidth > 700; // on a phone the popup would cover the list
   }
 
-  PopupNotifier.connect({ exten: find('#exten').value, onStatus: showStatus, onCall: showCall });
+  PopupNotifier.connect({ exten, onStatus, onCall });
 </script>
 """
 
