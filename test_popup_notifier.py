@@ -376,6 +376,15 @@ CONFIG_MISTAKES = [
     ("PING_INTERVAL=2.5", 'PING_INTERVAL: "2.5" is not'),
     ("MAX_BROWSERS=-1", 'MAX_BROWSERS: "-1" is not'),
     ("HISTORY=1d", 'HISTORY: "1d" is not'),
+    ("USE_SSL=maybe", 'USE_SSL: "maybe" is neither yes nor no'),
+    ("CERT_FILE=cert.pem", 'CERT_FILE: "cert.pem" is not an absolute path'),
+    ("CRMWS_ORIGINS=crm.example.com", 'holds "crm.example.com", no origin'),
+    ("CRMWS_ORIGINS=https://crm.example.com/", "no origin like https://crm.example.com (no path)"),
+    ("CRMWS_ORIGINS=https://*.*.example.com", "no origin"),
+    ("TRUSTED_PROXIES=nginx", 'holds "nginx", no IP address'),
+    ("SECRET_TOKEN=t\nCLIENT_PORT=8080", "CLIENT_PORT: 8080 is PORT already"),
+    ("SECRET_TOKEN=t\nUSE_SSL=yes", "USE_SSL needs KEY_FILE, which is missing"),
+    ("SECRET_TOKEN=t\nUSE_SSL=true", "USE_SSL is for CLIENT_PORT, which is missing"),
     ("MAX_BROWSERS=many\x07", r'MAX_BROWSERS: "many\x07" is not'),
 ]
 
@@ -490,6 +499,115 @@ class TestAccessList(unittest.TestCase):
         # Read as IPv4 it would be everybody.
         with self.assertRaises(ValueError):
             parse_network("::ffff:0:0/90")
+
+
+# (peer, X-Forwarded-For, trusted proxies, who it is; None: refused)
+FORWARDED: list[tuple[str, str | None, str, str | None]] = [
+    ("10.0.0.1", None, "", "10.0.0.1"),
+    ("10.0.0.1", "192.0.2.7", "", "10.0.0.1"),
+    ("10.0.0.1", "192.0.2.7", "10.0.0.2", "10.0.0.1"),
+    ("10.0.0.1", None, "10.0.0.1", "10.0.0.1"),
+    ("10.0.0.1", "192.0.2.7", "10.0.0.1", "192.0.2.7"),
+    ("10.0.0.1", "127.0.0.1, 192.0.2.7", "10.0.0.1", "192.0.2.7"),
+    ("10.0.0.1", "192.0.2.7,10.0.0.2", "10.0.0.0/8", "192.0.2.7"),
+    ("10.0.0.1", "192.0.2.7, 198.51.100.1, 10.0.0.2", "10.0.0.0/8", "198.51.100.1"),
+    ("10.0.0.1", "10.0.0.3, 10.0.0.2", "10.0.0.0/8", "10.0.0.3"),
+    ("10.0.0.1", "::ffff:192.0.2.7", "10.0.0.1", "192.0.2.7"),
+    ("::1", "2001:db8::7", "127.0.0.1", "2001:db8::7"),
+    ("10.0.0.1", "", "10.0.0.1", None),
+    ("10.0.0.1", "unknown", "10.0.0.1", None),
+    ("10.0.0.1", "192.0.2.7,", "10.0.0.1", None),
+    ("10.0.0.1", "garbage, 192.0.2.7", "10.0.0.1", "192.0.2.7"),
+]
+
+# (list, Origin, allowed)
+ORIGINS: list[tuple[str, str | None, bool]] = [
+    ("", "https://anything.example", True),
+    ("", "null", True),
+    ("https://crm.example.com", None, True),
+    ("https://crm.example.com", "https://crm.example.com", True),
+    ("https://crm.example.com", "https://CRM.example.com", True),
+    ("https://crm.example.com", "https://crm.example.com:443", True),
+    ("https://crm.example.com:443", "https://crm.example.com", True),
+    ("https://crm.example.com", "https://crm.example.com:8443", False),
+    ("https://crm.example.com", "http://crm.example.com", False),
+    ("https://crm.example.com", "https://crm.example.com.evil.example", False),
+    ("https://crm.example.com", "https://evilcrm.example.com", False),
+    ("https://crm.example.com", "null", False),
+    ("https://crm.example.com, null", "null", True),
+    ("https://*.example.com", "https://a.example.com", True),
+    ("https://*.example.com", "https://a.b.example.com", False),
+    ("https://*.example.com", "https://example.com", False),
+    ("https://*.example.com", "https://aexample.com", False),
+    ("http://*.example.com:81", "http://a.example.com:81", True),
+    ("http://*.example.com:81", "http://a.example.com", False),
+    ("http://crm:80", "http://crm", True),
+    ("http://[::1]:81", "http://[::1]:81", True),
+]
+
+
+class TestClientAddress(unittest.TestCase):
+    """X-Forwarded-For, believed only from trusted proxies."""
+
+    def test_table(self) -> None:
+        for peer, forwarded, proxies, expected in FORWARDED:
+            with self.subTest(peer=peer, forwarded=forwarded, proxies=proxies):
+                arguments = (ip_address(peer), forwarded, popup_notifier.parse_networks(proxies))
+                if expected is None:
+                    with self.assertRaises(RequestError):
+                        popup_notifier.client_address(*arguments)
+                else:
+                    address = popup_notifier.client_address(*arguments)
+                    self.assertEqual(address, ip_address(expected))
+
+    def test_lists_apply_to_who_is_behind_the_proxy(self) -> None:
+        with Daemon(TRIGGER_ALLOW="192.0.2.7", TRUSTED_PROXIES="127.0.0.8") as daemon:
+            for forwarded, source, status in [
+                ("192.0.2.7", "127.0.0.8", 200),
+                ("192.0.2.8", "127.0.0.8", 403),
+                ("192.0.2.7\r\nX-Forwarded-For: 192.0.2.8", "127.0.0.8", 403),
+                ("192.0.2.8\r\nX-Forwarded-For: 192.0.2.7", "127.0.0.8", 200),
+                ("192.0.2.7", "127.0.0.1", 403),
+            ]:
+                with self.subTest(forwarded, source=source):
+                    head = f"X-Forwarded-For: {forwarded}\r\n"
+                    request = trigger_request("?phone=1&token={token}", head, b"")
+                    answer = daemon.exchange(request, source=source)
+                    self.assertEqual(status_of(answer), status)
+            daemon.wait_for_log("call .* from 192.0.2.7 to 0 browsers")
+            lines = daemon.wait_for_log("a proxy at 127.0.0.1 sends X-Forwarded-For but is not in")
+            self.assertEqual(len(lines), 1)
+
+    def test_misconfigured_proxy_is_warned_of_once(self) -> None:
+        with Daemon() as daemon:
+            request = trigger_request(
+                "?phone=1&token={token}", "X-Forwarded-For: 1.2.3.4\r\n", b""
+            )
+            for _ in range(3):
+                self.assertEqual(status_of(daemon.exchange(request)), 200)
+            daemon.wait_for_log("call ", 3)
+            self.assertEqual(len(daemon.wait_for_log("not in TRUSTED_PROXIES")), 1)
+
+
+class TestOrigins(unittest.TestCase):
+    """Whose pages may connect."""
+
+    def test_table(self) -> None:
+        for text, origin, allowed in ORIGINS:
+            with self.subTest(list=text, origin=origin):
+                self.assertIs(popup_notifier.parse_origins(text).allow(origin), allowed)
+
+    def test_foreign_page_is_refused(self) -> None:
+        with Daemon(CRMWS_ORIGINS="https://crm.example.com") as daemon:
+            for origin, status in (
+                ("https://crm.example.com", 101),
+                ("https://evil.example", 403),
+            ):
+                request = handshake()[:-2] + f"Origin: {origin}\r\n\r\n".encode()
+                with daemon.connect() as sock:
+                    sock.sendall(request)
+                    self.assertEqual(status_of(sock.recv(4096)), status)
+            daemon.wait_for_log('403 origin "https://evil.example" is not in CRMWS_ORIGINS')
 
 
 # --- 3. WebSocket ------------------------------------------------------------------------------
@@ -1499,6 +1617,100 @@ class TestTrigger(unittest.TestCase):
         self.assertEqual((message["phone"], message["exten"]), ("0312345678", "201"))
 
 
+class TestCrossSite(unittest.TestCase):
+    """What a foreign page can have a browser send."""
+
+    def test_table(self) -> None:
+        with Daemon() as daemon, daemon.browser() as browser:
+            for head, status in [
+                ("Origin: https://evil.example\r\n", 403),
+                ("Origin: null\r\n", 403),
+                ("Sec-Fetch-Site: cross-site\r\n", 403),
+                ("Sec-Fetch-Site: same-site\r\n", 403),
+                ("Origin: http://pbx\r\nSec-Fetch-Site: same-origin\r\n", 200),
+                ("Sec-Fetch-Site: none\r\n", 200),
+            ]:
+                with self.subTest(head):
+                    request = trigger_request("?phone=7&token={token}", head, b"")
+                    self.assertEqual(status_of(daemon.exchange(request)), status)
+            self.assertEqual(browser.phones(2), ["7", "7"])
+
+
+class TestBrowserToken(unittest.TestCase):
+    """CRMWS_TOKEN."""
+
+    def test_table(self) -> None:
+        token = "for-browsers"
+        with Daemon(CRMWS_TOKEN=token) as daemon:
+            for query, offered, status, chosen in [
+                ("", "", 401, ""),
+                ("?token=wrong", "", 401, ""),
+                (f"?token={token}", "", 101, ""),
+                (f"?since=&token={token}", "", 101, ""),
+                ("", f"popup-notifier, {token}", 101, "popup-notifier"),
+                ("", token, 101, token),
+                ("", "popup-notifier, wrong", 401, ""),
+            ]:
+                with self.subTest(query, offered=offered), daemon.connect() as sock:
+                    field = f"Sec-WebSocket-Protocol: {offered}\r\n" if offered else ""
+                    sock.sendall(handshake("/crmws" + query)[:-2] + f"{field}\r\n".encode())
+                    answer = sock.recv(4096).decode("latin-1")
+                    self.assertEqual(status_of(answer.encode()), status)
+                    found = re.search("Sec-WebSocket-Protocol: (.*)\r", answer)
+                    self.assertEqual(found[1] if found else "", chosen)
+            daemon.wait_for_log("401 token is not CRMWS_TOKEN")
+            self.assertNotIn(token, "\n".join(daemon.lines))
+
+
+class TestMonitoring(unittest.TestCase):
+    """GET /healthz and GET /metrics."""
+
+    def test_health(self) -> None:
+        with Daemon() as daemon, daemon.browser():
+            answer = daemon.exchange(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n")
+            self.assertEqual((status_of(answer), answer[-14:]), (200, b"OK\n1 browsers\n"))
+
+    def test_metrics_count(self) -> None:
+        with Daemon() as daemon, daemon.browser() as browser, daemon.browser("?exten=9"):
+            daemon.trigger("&exten=201")
+            daemon.trigger("&exten=all")
+            daemon.trigger(token="wrong")
+            browser.phones(2)
+            daemon.wait_for_log("call ", 2)
+            answer = daemon.exchange(b"GET /metrics HTTP/1.1\r\nHost: h\r\n\r\n").decode()
+        for line in (
+            "browsers 2",
+            "calls_total 2",
+            "deliveries_total 3",
+            'refused_requests_total{status="401"} 1',
+            'dropped_browsers_total{reason="too slow"} 0',
+            "delivery_seconds_count 2",
+        ):
+            self.assertIn(f"\npopup_notifier_{line}\n", answer)
+
+    def test_only_for_those_who_may_trigger(self) -> None:
+        with Daemon() as daemon:
+            for path in ("/healthz", "/metrics"):
+                request = f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode()
+                self.assertEqual(status_of(daemon.exchange(request, source="127.0.0.2")), 403)
+
+
+class TestClientPort(unittest.TestCase):
+    """CLIENT_PORT."""
+
+    def test_it_is_for_browsers_only(self) -> None:
+        port = free_port()
+        with Daemon(CLIENT_PORT=port) as daemon:
+            main_port, daemon.port = daemon.port, port
+            for path in ("/api/trigger", "/healthz", "/metrics"):
+                request = f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode()
+                self.assertEqual(status_of(daemon.exchange(request)), 404)
+            with daemon.browser() as browser:
+                daemon.port = main_port
+                daemon.trigger()
+                self.assertEqual(browser.phones(1), ["0312345678"])
+
+
 class TestServer(unittest.TestCase):
     """Accepting, waiting, refusing."""
 
@@ -1706,6 +1918,27 @@ class TestCommandLine(unittest.TestCase):
             program.write_text(poison)
             with Daemon(program=program) as daemon:
                 self.assertEqual(daemon.trigger(), 200)
+
+    def test_check_says_what_the_configuration_means(self) -> None:
+        path = self.config(
+            "SECRET_TOKEN=geheim\nCRMWS_TOKEN=auch\nTRIGGER_ALLOW=10.0.0.7\nPROT=1\n"
+        )
+        done = self.run_with("--check", "--config", path)
+        self.assertEqual(done.returncode, 0)
+        self.assertIn("\nSECRET_TOKEN=(hidden)\nTRIGGER_ALLOW=10.0.0.7/32\n", done.stdout)
+        self.assertIn("did you mean PORT?", done.stderr)
+        self.assertNotRegex(done.stdout + done.stderr, "geheim|auch")
+        self.assertEqual(len(done.stdout.splitlines()), len(popup_notifier.KEYS))
+        self.fails_with(
+            "is not a whole number", "--check", "--config", self.config("PORT=x\nSECRET_TOKEN=t")
+        )
+
+    def test_careless_secrets_are_warned_of(self) -> None:
+        path = self.config("SECRET_TOKEN=mytoken")
+        Path(path).chmod(0o644)
+        done = self.run_with("--check", "--config", path)
+        self.assertIn("SECRET_TOKEN is the sample's", done.stderr)
+        self.assertIn(f"chmod o-r {path}", done.stderr)
 
     def test_copied_alone_it_runs(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -2094,6 +2327,49 @@ class TestBrowsers(unittest.TestCase):
     @needs("firefox-esr", "curl")
     def test_line_of_the_seed_pops_up_in_firefox(self) -> None:
         self.popup_appears(Firefox())
+
+
+class TestReload(unittest.TestCase):
+    """SIGHUP."""
+
+    def reload(self, daemon: Daemon, expected: str, **keys: object) -> None:
+        daemon.write_config(**keys)
+        daemon.process.send_signal(signal.SIGHUP)
+        daemon.wait_for_log(expected)
+
+    def test_browsers_stay_but_those_not_admitted_any_more(self) -> None:
+        with (
+            Daemon() as daemon,
+            daemon.browser() as stays,
+            daemon.browser(source="127.0.0.2") as goes,
+        ):
+            self.reload(
+                daemon, "configuration reloaded", CRMWS_ALLOW="127.0.0.1", SECRET_TOKEN="new"
+            )
+            self.assertEqual(goes.closed_with()[0], CloseCode.POLICY_VIOLATION)
+            daemon.wait_for_log("browser dropped: 127.0.0.2 is no longer in CRMWS_ALLOW")
+            self.assertEqual(daemon.trigger(), 401)
+            self.assertEqual(daemon.trigger(token="new"), 200)
+            self.assertEqual(stays.phones(1), ["0312345678"])
+            self.assertEqual(status_of(daemon.exchange(handshake(), source="127.0.0.2")), 403)
+
+    def test_bad_file_changes_nothing(self) -> None:
+        with Daemon() as daemon, daemon.browser() as browser:
+            self.reload(daemon, "the old one stays in force", TRIGGER_ALLOW="nobody")
+            self.assertIn('"nobody", no IP address', "\n".join(daemon.lines))
+            self.assertEqual(daemon.trigger(), 200)
+            self.assertEqual(browser.phones(1), ["0312345678"])
+
+    def test_limits_change(self) -> None:
+        with Daemon() as daemon, daemon.browser("?since=") as browser:
+            browser.hello()
+            self.reload(daemon, "configuration reloaded", MAX_BROWSERS=1, PING_INTERVAL=1)
+            self.assertEqual(status_of(daemon.exchange(handshake())), 503)
+
+    def test_changed_port_needs_a_restart(self) -> None:
+        with Daemon() as daemon:
+            self.reload(daemon, "PORT has changed: that needs a restart", PORT=free_port())
+            self.assertEqual(daemon.trigger(), 200)
 
 
 # --- The files ---------------------------------------------------------------------------------
