@@ -1362,6 +1362,8 @@ class Hub:
         """Serve what is ready; False when there is nothing left to do."""
         events = self._selector.select(self._until_deadline())
         self._now = time.monotonic()
+        # Asked before the last calls are taken over: nothing can come behind them.
+        is_closing = self._is_closing
         for key, mask in events:
             if key.data is None:
                 self._waker.drain()
@@ -1374,7 +1376,7 @@ class Hub:
         self._ping()
         self._end_those_leaving()
         self._answer_others()
-        if self._is_closing and self._stop_deadline is None:
+        if is_closing and self._stop_deadline is None:
             self._stop_deadline = self._now + STOP_TIMEOUT
             for subscriber in list(self._audience):
                 self._close(subscriber, CloseCode.GOING_AWAY, "popup-notifier is stopping")
