@@ -78,7 +78,6 @@ FLUSH_SIZE = 64 * 1024  # offered to a slow browser's socket at once
 # Taken from one browser before the next has its turn: a whole TLS record, so that none of it stays
 # where the selector can't see it.
 READ_SIZE = 16 * 1024
-ARRIVALS = 256  # browsers that may wait to be listened to before the I/O thread is woken
 LOGGED_EXTENS = 10  # this many are named when nobody wanted a call
 LOGGED_ARRIVALS = 4  # of browsers that come at once, this many are named in the log
 CLOSE_TIMEOUT = 1.0  # a browser has this long to take its Close frame and hang up
@@ -434,8 +433,9 @@ class AccessList:
 
     def allows(self, address: IPAddress) -> bool:
         """Tell whether a peer's address (see peer_address) is in the list."""
-        if any(address in network for network in self.networks):
-            return True
+        for network in self.networks:
+            if address in network:
+                return True
         # curl asks for localhost at ::1 first, and the sample admits 127.0.0.1: the same machine.
         return address == LOOPBACK_6 and self.allows(LOOPBACK_4)
 
@@ -1276,15 +1276,17 @@ class Hub:
             self._arrivals.append(subscriber)
             # A call triggered from here on waits for the lock, and so comes behind the greeting.
             # If the browser is gone already, the I/O thread will see it.
-            with contextlib.suppress(OSError):
+            try:
                 subscriber.send(greeting)
-            is_full = len(self._arrivals) >= ARRIVALS
-        if is_full:
-            self._waker.wake()
+            except OSError:
+                log.debug("browser %s left during its handshake", subscriber.address)
+            # Done here, it costs no change of threads: epoll may be told of a socket while another
+            # thread waits for it, and the selector's table is a dict.
+            self._selector.register(subscriber.sock, selectors.EVENT_READ, subscriber)
         return True
 
     def welcome(self) -> None:
-        """Let the I/O thread listen to the arrivals now, rather than when the next call comes.
+        """Let the I/O thread take note of the arrivals, rather than when it turns anyway.
 
         Called when there is nothing else to do: woken for each of 10,000 browsers, the two
         threads would fight for the interpreter's lock most of the time.
@@ -1364,6 +1366,8 @@ class Hub:
         self._now = time.monotonic()
         # Asked before the last calls are taken over: nothing can come behind them.
         is_closing = self._is_closing
+        # First of all, for an arrival may be among those that have something to say.
+        self._take_over()
         for key, mask in events:
             if key.data is None:
                 self._waker.drain()
@@ -1372,7 +1376,6 @@ class Hub:
             # A call does not wait for 10,000 answers to a ping.
             if self._calls:
                 self._take_over()
-        self._take_over()
         self._ping()
         self._end_those_leaving()
         self._answer_others()
@@ -1465,10 +1468,9 @@ class Hub:
         return counts
 
     def _admit(self, subscriber: Subscriber, calls: list[Call]) -> None:
-        """Listen to a browser; send what it missed and the calls that came since its 101."""
+        """Send a browser what it missed and the calls that came since its 101."""
         subscriber.last_heard = self._now
         subscriber.next_ping = self._now + self._ping_interval
-        self._selector.register(subscriber.sock, selectors.EVENT_READ, subscriber)
         self._pings[subscriber] = None
         self._audience.add(subscriber)
         frames = b"".join([call.replay_frame() for call in subscriber.missed])
@@ -1674,6 +1676,9 @@ TOKEN_CHARS = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rf"({TOKEN_CHARS}) ([!-~\x80-\xff]+) HTTP/1\.([0-9])")
 FIELD_LINES = re.compile(rf"(?:{TOKEN_CHARS}:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*")
 AUTHORITY = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
+SWITCHING_PROTOCOLS = (
+    "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+)
 HEAD_END = b"\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 SUBPROTOCOL = "popup-notifier"  # what a page names beside its token
@@ -1738,6 +1743,8 @@ def parse_fields(lines: str) -> dict[str, str]:
 
 def content_length(fields: Mapping[str, str]) -> int:
     """Return the size of the body in bytes (RFC 9112 section 6)."""
+    if "content-length" not in fields and "transfer-encoding" not in fields:
+        return 0
     length = fields.get("content-length", "0")
     if "transfer-encoding" in fields:
         if "content-length" in fields:
@@ -1892,7 +1899,9 @@ class Connection:
     @property
     def is_complete(self) -> bool:
         """Tell whether the request is here to its last byte."""
-        return self.request is not None and len(self.rest) >= self.request.content_length
+        if self.request is None:
+            return False
+        return len(self.received) - self.head_size >= self.request.content_length
 
     @property
     def rest(self) -> bytes:
@@ -2003,7 +2012,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._routes = {
             path: route
             for path, route in ROUTES.items()
-            if route.access_list == "CRMWS_ALLOW" or not is_for_browsers
+            if route.access_list == "crmws_allow" or not is_for_browsers
         }
         self._rooms = rooms
         self._waker = Waker()
@@ -2140,10 +2149,8 @@ class Server(http.server.ThreadingHTTPServer):
         request = connection.request
         if request is not None:
             if connection.route is None:
-                self._note_proxy(connection, request)
-                forwarded = request.fields.get("x-forwarded-for")
-                proxies = self.config.trusted_proxies
-                connection.address = client_address(connection.address, forwarded, proxies)
+                if "x-forwarded-for" in request.fields:
+                    self._see_through_proxy(connection, request.fields["x-forwarded-for"])
                 connection.route = self._find_route(request, connection.address)
             if connection.is_complete:
                 self._leave_room(connection)
@@ -2181,18 +2188,18 @@ class Server(http.server.ThreadingHTTPServer):
             del connection.room[connection]
             connection.room = None
 
-    def _note_proxy(self, connection: Connection, request: Request) -> None:
-        """Warn once of a proxy on this machine that would let everybody in as 127.0.0.1."""
-        is_here = connection.address.is_loopback and "x-forwarded-for" in request.fields
-        if is_here and not self.config.trusted_proxies.allows(connection.address):
-            if not self._has_warned_of_proxy:
-                log.warning(
-                    "a proxy at %s sends X-Forwarded-For but is not in TRUSTED_PROXIES: "
-                    "everybody behind it counts as %s",
-                    connection.address,
-                    connection.address,
-                )
+    def _see_through_proxy(self, connection: Connection, forwarded: str) -> None:
+        """Find out who is behind a trusted proxy; warn once of one that should be trusted."""
+        peer, proxies = connection.address, self.config.trusted_proxies
+        connection.address = client_address(peer, forwarded, proxies)
+        if peer.is_loopback and not proxies.allows(peer) and not self._has_warned_of_proxy:
             self._has_warned_of_proxy = True
+            log.warning(
+                "a proxy at %s sends X-Forwarded-For but is not in TRUSTED_PROXIES: "
+                "everybody behind it counts as %s",
+                peer,
+                peer,
+            )
 
     def _find_route(self, request: Request, address: IPAddress) -> Route:
         """Return what a request asks for, if this address may: 404, then 405, then 403."""
@@ -2203,8 +2210,8 @@ class Server(http.server.ThreadingHTTPServer):
         if request.method != route.method:
             reason = f"{request.path} takes {route.method} only"
             raise RequestError(HTTPStatus.METHOD_NOT_ALLOWED, reason, Allow=route.method)
-        if not getattr(self.config, route.access_list.lower()).allows(address):
-            reason = f"{address} is not in {route.access_list}"
+        if not getattr(self.config, route.access_list).allows(address):
+            reason = f"{address} is not in {route.access_list.upper()}"
             raise RequestError(HTTPStatus.FORBIDDEN, reason)
         return route
 
@@ -2327,25 +2334,25 @@ class RequestHandler:
         if self.request.content_length:
             raise bad_request("a handshake has no body")
         extens, since = parse_subscription(self.request.query)
-        fields = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": accept}
+        greeting = f"{SWITCHING_PROTOCOLS}Sec-WebSocket-Accept: {accept}\r\n"
         offered = self.subprotocols()
         if offered:
             # A browser gives up unless one of those that it offered is chosen.
-            fields["Sec-WebSocket-Protocol"] = (
-                SUBPROTOCOL if SUBPROTOCOL in offered else offered[0]
-            )
-        greeting = serialize_head(HTTPStatus.SWITCHING_PROTOCOLS, fields)
+            chosen = SUBPROTOCOL if SUBPROTOCOL in offered else offered[0]
+            greeting += f"Sec-WebSocket-Protocol: {chosen}\r\n"
         connection, hub = self.connection, self.server.hub
         subscriber = Subscriber(
             connection.sock, connection.address, extens, since, connection.rest
         )
-        if not hub.subscribe(subscriber, greeting):
+        if not hub.subscribe(subscriber, f"{greeting}\r\n".encode("latin-1")):
             reason = f"{hub.max_browsers} browsers are connected, no more may be"
             raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, reason, Retry_After="30")
 
     def subprotocols(self) -> list[str]:
         """Return the subprotocols that a browser offers: a page may give its token as one."""
-        field = self.request.fields.get("sec-websocket-protocol", "")
+        field = self.request.fields.get("sec-websocket-protocol")
+        if field is None:
+            return []
         return [each.strip() for each in field.split(",") if each.strip()]
 
     def check_page(self) -> None:
@@ -2454,6 +2461,8 @@ def uptime() -> float:
 
 def parse_subscription(query: bytes) -> tuple[frozenset[str], CallID | str | None]:
     """Return the extensions that a browser asks for, and from where it recovers."""
+    if not query:
+        return frozenset(), None
     extens: set[str] = set()
     since: CallID | str | None = None
     for name, value in parse_form(query):
@@ -2488,18 +2497,18 @@ class Route(NamedTuple):
     """Who may ask for a path how, and what answers."""
 
     method: str
-    access_list: str  # the key of the configuration
+    access_list: str  # the field of Config
     handle: Callable[[RequestHandler], bytes | None]
     is_slow: bool = False  # answered in a thread
 
 
 ROUTES = {
-    "/api/trigger": Route("POST", "TRIGGER_ALLOW", RequestHandler.handle_trigger),
-    "/crmws": Route("GET", "CRMWS_ALLOW", RequestHandler.handle_upgrade),
-    "/healthz": Route("GET", "TRIGGER_ALLOW", RequestHandler.handle_health, is_slow=True),
-    "/metrics": Route("GET", "TRIGGER_ALLOW", RequestHandler.handle_metrics),
-    "/": Route("GET", "CRMWS_ALLOW", RequestHandler.handle_status_page, is_slow=True),
-    f"/{SCRIPT_NAME}": Route("GET", "CRMWS_ALLOW", RequestHandler.handle_script, is_slow=True),
+    "/api/trigger": Route("POST", "trigger_allow", RequestHandler.handle_trigger),
+    "/crmws": Route("GET", "crmws_allow", RequestHandler.handle_upgrade),
+    "/healthz": Route("GET", "trigger_allow", RequestHandler.handle_health, is_slow=True),
+    "/metrics": Route("GET", "trigger_allow", RequestHandler.handle_metrics),
+    "/": Route("GET", "crmws_allow", RequestHandler.handle_status_page, is_slow=True),
+    f"/{SCRIPT_NAME}": Route("GET", "crmws_allow", RequestHandler.handle_script, is_slow=True),
 }
 
 STATUS_PAGE = r"""<!doctype html>
