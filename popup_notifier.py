@@ -1364,8 +1364,6 @@ class Hub:
         """Serve what is ready; False when there is nothing left to do."""
         events = self._selector.select(self._until_deadline())
         self._now = time.monotonic()
-        # Asked before the last calls are taken over: nothing can come behind them.
-        is_closing = self._is_closing
         # First of all, for an arrival may be among those that have something to say.
         self._take_over()
         for key, mask in events:
@@ -1376,6 +1374,10 @@ class Hub:
             # A call does not wait for 10,000 answers to a ping.
             if self._calls:
                 self._take_over()
+        # Asked behind the drain, which may have swallowed its waking, and before the last calls
+        # are taken over: nothing can come behind them.
+        is_closing = self._is_closing
+        self._take_over()
         self._ping()
         self._end_those_leaving()
         self._answer_others()

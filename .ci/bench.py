@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Measure the daemon against the floor: what the kernel takes to write to every browser.
 
-    python3 .ci/bench.py [--quick] [--floor-none] [--only NAME ...] [table | soak]
+    python3 .ci/bench.py [--quick] [--floor-none] [--only NAME ...] [table | extens | soak]
 
     table   speed, memory and threads at 1,000 and 10,000 browsers (4 minutes; --quick: 1)
+    extens  10,000 browsers with an extension each: what a call to one of them costs (1 minute)
     soak    200,000 calls, 20,000 connects and disconnects: what is left of them (2 minutes)
 
 `floor.c` is a bare send() loop, `swarm.c` plays the browsers and the PBX; both are compiled into
@@ -36,6 +37,8 @@ PROGRAM = HERE.parent / "popup_notifier.py"
 
 FEW, MANY, MOST = 100, 1_000, 10_000  # browsers
 CONCURRENCY = 10  # triggers in flight during a burst
+IDLE_CPU = 0.001  # seconds of CPU in a fifth of a second: nothing is being delivered any more
+EXTENS_GROWTH = 2.0  # what a call to one extension may cost more among ten times the browsers
 START_TIMEOUT = 10.0  # seconds until a server listens, and until it has ended
 FILES_NEEDED = MOST + 500
 
@@ -120,7 +123,13 @@ def running(command: list[str], port: int, folder: Path) -> Iterator[Server]:
     """Run a server until the block ends."""
     log = folder / "server.log"
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "XDG_STATE_HOME": str(folder)},
+        )
     try:
         if not wait_for(lambda: process.poll() is not None or listens(port)) or process.poll():
             raise RunError(f"{command[0]} does not start:\n{log.read_text(errors='replace')}")
@@ -363,7 +372,59 @@ def print_row(*cells: str) -> None:
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
-SCENARIOS = {"table": table, "soak": soak}
+def extens(bench: Bench, options: Options) -> bool:
+    """Print what a call to one extension costs, by those who asked for it and by those here."""
+    calls = 20 if options.quick else 100
+    print_head("browsers, an extension each", "call to one", "call to all", "must", "verdict")
+    costs = []
+    for browsers in (MANY, MOST):
+        with bench.daemon(MAX_BROWSERS=str(2 * MOST)) as server, contextlib.ExitStack() as stack:
+            for number in range(browsers):
+                stack.enter_context(subscribe(server.port, number))
+            one = cpu_per_call(server, "7", calls)
+            everybody = cpu_per_call(server, "all", max(calls // 10, 2))
+        costs.append(one)
+        is_met = one <= EXTENS_GROWTH * costs[0]
+        must = f"<= {EXTENS_GROWTH:g}x that of {MANY:,}"
+        print_row(f"{browsers:,}", show(one, "ms"), show(everybody, "ms"), must, verdict(is_met))
+    return is_met
+
+
+def subscribe(port: int, number: int) -> socket.socket:
+    """Return a browser that asked for one extension, its handshake done."""
+    sock = socket.create_connection(("127.0.0.1", port), START_TIMEOUT)
+    sock.sendall(
+        f"GET /crmws?exten={number} HTTP/1.1\r\nHost: bench\r\nUpgrade: websocket\r\n"
+        "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode()
+    )
+    if not sock.recv(4096).startswith(b"HTTP/1.1 101 "):
+        raise RunError(f"browser {number} was refused")
+    return sock
+
+
+def cpu_per_call(server: Server, exten: str, calls: int) -> float:
+    """Return the CPU milliseconds that the daemon takes for a call, its answer included."""
+    clock = ~server.pid << 3 | 2  # clock_getcpuclockid(3) of the process
+    request = f"POST /api/trigger?phone=1&exten={exten}&token=bench HTTP/1.0\r\n\r\n".encode()
+    before = time.clock_gettime(clock)
+    for _ in range(calls):
+        with socket.create_connection(("127.0.0.1", server.port), START_TIMEOUT) as sock:
+            sock.sendall(request)
+            while sock.recv(4096):
+                pass
+    # What the last call costs is spent after its answer: another look tells when it is over.
+    spent = time.clock_gettime(clock)
+    while True:
+        time.sleep(0.2)
+        now = time.clock_gettime(clock)
+        if now - spent < IDLE_CPU:
+            break
+        spent = now
+    return (spent - before) / calls * 1e3
+
+
+SCENARIOS = {"table": table, "extens": extens, "soak": soak}
 
 
 def parse_args() -> tuple[str, Options]:
