@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import ast
 import base64
+import collections
 import contextlib
+import ctypes
 import itertools
 import json
 import os
 import queue
 import random
 import re
+import resource
+import select
+import selectors
 import shutil
 import signal
 import socket
@@ -28,9 +33,10 @@ import threading
 import time
 import unittest
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, cast
 from urllib.parse import quote
 
 import popup_notifier
@@ -93,6 +99,7 @@ class Daemon:
         *,
         text: str | None = None,
         program: str | Path = PROGRAM,
+        command: Iterable[str] = (),
         environ: dict[str, str] | None = None,
         **keys: object,
     ) -> None:
@@ -104,7 +111,7 @@ class Daemon:
         self.lines: list[str] = []
         self._news = threading.Condition()
         self.process = subprocess.Popen(
-            [sys.executable, str(program), "--config", str(self.config)],
+            [*command, sys.executable, str(program), "--config", str(self.config)],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -201,7 +208,27 @@ class Daemon:
 
     def browser(self, query: str = "", **options: Any) -> Browser:
         """Return a connected browser."""
-        return Browser(self.connect(**options), "/crmws" + query)
+        sock = self.connect(**options)
+        try:
+            return Browser(sock, "/crmws" + query)
+        except BaseException:
+            sock.close()
+            raise
+
+    def status(self, field: str) -> int:
+        """Return a number from /proc/PID/status, such as VmRSS (in KiB) or Threads."""
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(text.partition(f"\n{field}:")[2].split()[0])
+
+    def descriptors(self) -> int:
+        """Return how many descriptors the daemon has open."""
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time that the daemon has used."""
+        text = Path(f"/proc/{self.process.pid}/stat").read_text()
+        user, system = text.rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
     def connected(self) -> int:
         """Return how many browsers the last line about browsers counts."""
@@ -1949,6 +1976,497 @@ class TestCommandLine(unittest.TestCase):
                 timeout=TIMEOUT,
             )
         self.assertEqual(done.returncode, 0)
+
+
+# --- Load and faults ---------------------------------------------------------------------------
+#
+# What happens when browsers stall, cables are pulled, peers are hostile and limits are reached.
+# Nothing here measures how long something takes: what must happen is waited for.
+
+ROUNDS = int(os.environ.get("POPUP_TEST_ROUNDS", "25"))  # SIGTERM at so many random moments
+OURS = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} [A-Z]+ [^\x00-\x1f\x7f-\x9f]+")
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for what gives no sign of itself, such as a count in /proc."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.01)
+
+
+def allow_files(count: int) -> None:
+    """Let this process have so many open files; skip the test, aloud, where that is forbidden."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise unittest.SkipTest(f"{count} open files are needed, the hard limit is {hard}")
+    if soft != resource.RLIM_INFINITY and soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+
+
+def wait_for_reset(sock: socket.socket) -> None:
+    """Wait until a connection is gone, whether or not what came before was read."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    assert poll.poll(TIMEOUT * 1000), "the connection stands"
+
+
+class TestSlowBrowsers(unittest.TestCase):
+    """Browsers that do not read, or not fast enough."""
+
+    KILOBYTE = "&name=" + "x" * 880  # makes a frame of about 1 KB
+
+    def test_stalled_browsers_are_dropped_and_harm_nobody(self) -> None:
+        calls = [f"{number:04}" for number in range(4000)]
+        with Daemon() as daemon, contextlib.ExitStack() as stack:
+            pool = stack.enter_context(ThreadPoolExecutor(40))
+            others = [stack.enter_context(daemon.browser()) for _ in range(3)]
+            stalled = [
+                stack.enter_context(daemon.browser(source="127.0.0.2", receive_buffer=2048))
+                for _ in range(5)
+            ]
+            before = daemon.status("VmRSS")
+            heard = [pool.submit(browser.phones, len(calls)) for browser in others]
+            for phone in calls:
+                self.assertEqual(daemon.trigger(self.KILOBYTE, phone), 200)
+            for each in heard:
+                self.assertEqual(each.result(TIMEOUT), calls)
+            for browser in stalled:
+                wait_for_reset(browser.sock)
+            daemon.trigger()
+            (last,) = daemon.wait_for_log("call .*0312345678")
+            self.assertTrue(last.endswith("to 3 browsers"), last)
+            dropped = daemon.wait_for_log("browser dropped: ")
+            self.assertEqual(len(dropped), 5, dropped)
+            for line in dropped:
+                self.assertRegex(line, r"127\.0\.0\.2 is too slow, \d+ bytes wait for it$")
+            self.assertLess(daemon.status("VmHWM") - before, 20 * 1024)
+
+    def test_stalled_browser_that_reads_again_gets_whole_frames_and_1008(self) -> None:
+        with Daemon() as daemon, daemon.browser(receive_buffer=2048) as browser:
+            numbers = itertools.count()
+            while not any("is too slow" in line for line in daemon.lines):
+                daemon.trigger(self.KILOBYTE, f"{next(numbers):04}")
+            sent = next(numbers)
+            # It wakes up: there is room now for all that is on its way.
+            browser.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+            heard = []
+            opcode, payload = browser.frame()
+            while opcode == Opcode.TEXT:
+                heard.append(json.loads(payload)["phone"])
+                opcode, payload = browser.frame()
+            self.assertEqual((opcode, payload), (Opcode.CLOSE, b"\x03\xf0too slow"))
+            self.assertEqual(heard, [f"{number:04}" for number in range(len(heard))])
+            self.assertLess(len(heard), sent - 400)  # what waited was discarded
+            browser.send(Opcode.CLOSE, payload[:2])
+            self.assertEqual(receive_all(browser.sock), b"")
+            self.assertEqual(len(daemon.wait_for_log("browser ")), 2)  # connected, dropped
+
+    def test_slow_browser_within_the_bound_loses_nothing(self) -> None:
+        calls = [f"{number:04}" for number in range(300)]
+        with Daemon() as daemon, daemon.browser(receive_buffer=2048) as browser:
+            for phone in calls:
+                daemon.trigger(self.KILOBYTE, phone)
+            self.assertEqual(browser.phones(len(calls)), calls)
+
+    def test_flood_of_pings_from_one_that_does_not_read_harms_nobody(self) -> None:
+        with Daemon() as daemon, daemon.browser() as other:
+            with daemon.browser(source="127.0.0.2", receive_buffer=2048) as flood:
+                before = daemon.status("VmRSS")
+                pings = masked(Opcode.PING, b"p" * 125) * 100
+                with contextlib.suppress(ConnectionError):
+                    while True:
+                        flood.sock.sendall(pings)
+                daemon.wait_for_log("browser dropped: 127.0.0.2 is too slow")
+                daemon.trigger()
+                self.assertEqual(other.phones(1), ["0312345678"])
+                self.assertLess(daemon.status("VmHWM") - before, 20 * 1024)
+
+
+class Namespace:
+    """A network of its own, and mounts of its own; both end with the last process in them."""
+
+    def __init__(self) -> None:
+        self.holder = subprocess.Popen(
+            ["unshare", "--net", "--mount", "sh", "-c", "ip link set lo up && echo && exec cat"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.enter = ["nsenter", f"--target={self.holder.pid}", "--net", "--mount"]
+
+    def __enter__(self) -> Namespace:
+        assert self.holder.stdout is not None
+        assert self.holder.stdout.readline() == b"\n"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.holder.communicate(timeout=TIMEOUT)
+
+    def run(self, command: str) -> None:
+        """Run a command in it."""
+        subprocess.run([*self.enter, *command.split()], check=True)
+
+    def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Return what a function returns in a thread whose sockets are in this network."""
+
+        def inside() -> Any:
+            with Path(f"/proc/{self.holder.pid}/ns/net").open() as handle:
+                failed = ctypes.CDLL(None, use_errno=True).setns(handle.fileno(), 0)
+                assert not failed, os.strerror(ctypes.get_errno())
+            return function(*args, **options)
+
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(inside).result()
+
+
+def needs_namespaces(test: Any) -> Any:
+    """Skip a test, aloud, where no network namespaces can be made."""
+    return needs_root(needs("ip", "nsenter", "unshare")(test))
+
+
+class TestVanishedBrowsers(unittest.TestCase):
+    """Browsers whose connection ends without a word."""
+
+    @needs_namespaces
+    def test_browser_behind_a_dead_link_is_gone_and_one_that_answers_stays(self) -> None:
+        with contextlib.ExitStack() as stack:
+            here, there = (stack.enter_context(Namespace()) for _ in range(2))
+            here.run(f"ip link add v type veth peer name v netns {there.holder.pid}")
+            for number, side in enumerate((here, there), 1):
+                side.run(f"ip address add 198.51.100.{number}/24 dev v")
+                side.run("ip link set v up")
+            allowed = "127.0.0.1,198.51.100.0/24"
+            daemon = stack.enter_context(
+                Daemon(command=here.enter, PING_INTERVAL=1, CRMWS_ALLOW=allowed)
+            )
+            pool = stack.enter_context(ThreadPoolExecutor(40))
+            stays = stack.enter_context(here.call(daemon.browser))
+            before = daemon.descriptors()
+            vanish = [
+                stack.enter_context(there.call(daemon.browser, host="198.51.100.1"))
+                for _ in range(3)
+            ]
+            heard = pool.submit(stays.phones, 1)
+            for browser in vanish:  # until now they answer
+                self.assertEqual(browser.frame(), (Opcode.PING, b""))
+                browser.send(Opcode.PONG)
+            there.run("ip link set v down")
+            daemon.wait_for_log(r"browser dropped: 198\.51\.100\.2 was silent for \d s$", 3)
+            until(lambda: daemon.descriptors() == before, "their descriptors are free")
+            self.assertEqual(here.call(daemon.trigger), 200)
+            self.assertEqual(heard.result(TIMEOUT), ["0312345678"])
+            self.assertEqual(len(daemon.wait_for_log("browser dropped")), 3)
+
+
+class TestSlowRequests(unittest.TestCase):
+    """Connections that take their time."""
+
+    @staticmethod
+    def trickle(socks: list[socket.socket]) -> list[bytes]:
+        """Send a byte a second on each until the daemon ends it; return the answers."""
+        answers = dict.fromkeys(socks, b"")
+        with selectors.DefaultSelector() as selector:
+            for sock in socks:
+                selector.register(sock, selectors.EVENT_READ)
+            tick = time.monotonic()
+            while selector.get_map():
+                for key, _ in selector.select(max(tick - time.monotonic(), 0)):
+                    sock = cast(socket.socket, key.fileobj)
+                    try:
+                        part = sock.recv(65536)
+                    except ConnectionError:
+                        part = b""
+                    answers[sock] += part
+                    if not part:
+                        selector.unregister(sock)
+                        sock.close()
+                if time.monotonic() >= tick:
+                    tick += 1
+                    for key in selector.get_map().values():
+                        with contextlib.suppress(ConnectionError):
+                            os.write(key.fd, b"G")
+        return list(answers.values())
+
+    def test_trickling_connections_end_at_a_deadline_and_triggers_go_on(self) -> None:
+        allow_files(1500)
+        sources = {"trigger": "127.0.0.1", "browser": "127.0.0.2", "nobody": "127.0.1.1"}
+        with Daemon(CRMWS_ALLOW="127.0.0.2") as daemon, contextlib.ExitStack() as stack:
+            browser = stack.enter_context(daemon.browser(source="127.0.0.2"))
+            pool = stack.enter_context(ThreadPoolExecutor(40))
+            before = daemon.descriptors(), daemon.status("Threads")
+            ended = {
+                kind: pool.submit(
+                    self.trickle, [daemon.connect(source=source) for _ in range(400)]
+                )
+                for kind, source in sources.items()
+            }
+            calls = 0
+            while not all(each.done() for each in ended.values()):
+                self.assertEqual(daemon.trigger(phone=str(calls)), 200)
+                calls += 1
+                self.assertEqual(daemon.status("Threads"), before[1])
+                self.assertLess(calls, 1000, "they are still there")
+                wait(ended.values(), 0.05)
+            self.assertEqual(browser.phones(calls), [str(number) for number in range(calls)])
+            for kind, each in ended.items():
+                with self.subTest(kind):
+                    self.assertLessEqual(
+                        set(map(status_of, each.result())), {408, 0} if kind == "nobody" else {408}
+                    )
+            until(lambda: daemon.descriptors() == before[0], "all descriptors are free")
+            self.assertEqual(len(daemon.wait_for_log("refused: 127.0.0.1 408")), 3)
+
+
+class TestDescriptors(unittest.TestCase):
+    """Limits of open files."""
+
+    @staticmethod
+    def limited(soft: int, hard: int) -> list[str]:
+        return ["sh", "-c", f'ulimit -Sn {soft} && ulimit -Hn {hard} && exec "$@"', "sh"]
+
+    def test_soft_limit_is_raised_and_too_many_browsers_are_warned_of(self) -> None:
+        with Daemon(command=self.limited(100, 300), MAX_BROWSERS=250) as daemon:
+            limits = Path(f"/proc/{daemon.process.pid}/limits").read_text()
+            self.assertRegex(limits, r"Max open files +300 +300 ")
+            (line,) = daemon.wait_for_log("WARNING")
+            self.assertRegex(line, "MAX_BROWSERS is 250, but the limit of 300 open files allows ")
+        with Daemon(command=self.limited(100, 300), MAX_BROWSERS=200) as daemon:
+            self.assertEqual(len(daemon.lines), 1, daemon.lines)
+
+    def test_browsers_and_idle_connections_leave_room_for_triggers(self) -> None:
+        with Daemon(command=self.limited(64, 64)) as daemon, contextlib.ExitStack() as stack:
+            browsers, refused = [], 0
+            for _ in range(75):
+                stack.enter_context(daemon.connect())
+                sock = stack.enter_context(daemon.connect())
+                try:
+                    browsers.append(Browser(sock))
+                except AssertionError as error:
+                    self.assertRegex(str(error), r"^HTTP/1.1 503 [^\0]+\nRetry-After: 30\r\n")
+                    refused += 1
+            self.assertEqual(daemon.trigger(), 200)
+            for browser in browsers:
+                self.assertEqual(browser.phones(1), ["0312345678"])
+            self.assertGreater(len(browsers), 30)
+            self.assertEqual(len(browsers) + refused, 75)
+            self.assertFalse([line for line in daemon.lines if "cannot accept" in line])
+
+    def test_service_resumes_when_descriptors_are_free_again(self) -> None:
+        with contextlib.ExitStack() as stack:
+            daemon = stack.enter_context(Daemon(command=self.limited(64, 64), PING_INTERVAL=1))
+            pool = stack.enter_context(ThreadPoolExecutor(40))
+            browsers = [stack.enter_context(daemon.browser()) for _ in range(30)]
+            taken = daemon.descriptors() + 1
+            early = stack.enter_context(daemon.connect())
+            early.sendall(b"POST /api")
+            until(lambda: daemon.descriptors() == taken, "the connection is let in")
+            # As if something else had the rest: whatever is accepted now is one too many.
+            resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, (taken, 64))
+            crowd = [stack.enter_context(daemon.connect()) for _ in range(120)]
+            daemon.wait_for_log("cannot accept connections: Too many open files")
+            heard = [pool.submit(browser.phones, 1) for browser in browsers[1:]]
+            self.ping(browsers[0])
+            start, cpu = time.monotonic(), daemon.cpu_seconds()
+            for _ in range(2):
+                self.ping(browsers[0])
+            share = (daemon.cpu_seconds() - cpu) / (time.monotonic() - start)
+            self.assertLess(share, 0.5)
+            early.sendall(f"/trigger?phone=1&token={TOKEN} HTTP/1.0\r\n\r\n".encode())
+            self.assertEqual(status_of(receive_all(early)), 200)
+            self.assertEqual([each.result(TIMEOUT) for each in heard], [["1"]] * 29)
+            self.assertEqual(browsers[0].phones(1), ["1"])
+            for browser in browsers[:10]:
+                browser.sock.close()
+            self.assertEqual(daemon.trigger(), 200)
+            self.assertEqual(len(crowd), 120)
+            (last,) = daemon.wait_for_log("call .*0312345678")
+            self.assertTrue(last.endswith("to 20 browsers"), last)
+
+    def ping(self, browser: Browser) -> None:
+        """Wait for the next ping and answer it."""
+        self.assertEqual(browser.frame(), (Opcode.PING, b""))
+        browser.send(Opcode.PONG)
+
+
+class TestHostileBytes(unittest.TestCase):
+    """What scanners and worse send."""
+
+    def requests(self, chance: random.Random) -> Iterator[bytes]:
+        """Yield random bytes, and real requests that were tampered with."""
+        real = [trigger_request(query, head, body) for _, query, head, body, _ in GOOD_TRIGGERS]
+        real += [trigger_request(query, head, body) for _, query, head, body, _, _ in BAD_TRIGGERS]
+        real += [head + b"\r\n\r\n" for _, head, _ in HEADS]
+        real += [handshake() + stream for _, stream, _ in BAD_STREAMS[:5]]
+        real += [handshake("/crmws?" + "x" * 9000), b"\r\n" * 4000, b"A: b\r\n" * 3000]
+        special = (
+            b"\0",
+            b"\n",
+            b"\r",
+            b"\r\n\r\n",
+            b":",
+            b" ",
+            b"%",
+            b"\xff",
+            b"&phone=",
+            b"HTTP/1.1",
+        )
+        for _ in range(200):
+            yield chance.randbytes(chance.randrange(1, 3000))
+        for _ in range(400):
+            request = bytearray(chance.choice(real))
+            for _ in range(chance.randint(1, 4)):
+                start = chance.randrange(len(request) + 1)
+                end = start + chance.choice((0, 0, 1, 1, 40))
+                request[start:end] = chance.choice(
+                    (b"", chance.choice(special), chance.randbytes(3), bytes(request[-end:]))
+                )
+            yield bytes(request)
+
+    def test_fuzz_is_answered_with_4xx_or_closed_and_leaves_nothing(self) -> None:
+        statuses: collections.Counter[int] = collections.Counter()
+        with Daemon() as daemon, daemon.browser() as browser:
+            before = daemon.descriptors(), daemon.status("Threads")
+            for request in self.requests(random.Random(9112)):
+                with daemon.connect() as sock:
+                    with contextlib.suppress(OSError):
+                        sock.sendall(request)
+                        sock.shutdown(socket.SHUT_WR)
+                    status = status_of(receive_all(sock))
+                # What was tampered with can be a good request still.
+                self.assertTrue(status in (0, 101, 200) or 400 <= status < 500, request)
+                statuses[status] += 1
+            until(lambda: daemon.descriptors() == before[0], "all descriptors are free")
+            self.assertEqual(daemon.status("Threads"), before[1])
+            self.assertEqual(daemon.trigger(phone="42"), 200)
+            while browser.phones(1) != ["42"]:
+                pass
+            daemon.wait_for_log('call .*"42"')
+            for line in daemon.lines:
+                self.assertTrue(OURS.fullmatch(line) and line.isprintable(), line)
+        self.assertEqual(statuses.total() if hasattr(statuses, "total") else 600, 600)
+        self.assertGreater(statuses[400], 100, statuses)
+
+
+class TestStartStopClock(unittest.TestCase):
+    """Moments at which things go wrong."""
+
+    def test_sigterm_at_random_moments_under_load(self) -> None:
+        chance = random.Random(15)
+        for number in range(ROUNDS):
+            with self.subTest(number), Daemon() as daemon, contextlib.ExitStack() as stack:
+                self.end_at_a_random_moment(daemon, stack, chance.randrange(60))
+
+    def end_at_a_random_moment(
+        self, daemon: Daemon, stack: contextlib.ExitStack, moment: int
+    ) -> None:
+        """Send SIGTERM after so many calls: what was answered with OK reaches every browser."""
+        browsers = [stack.enter_context(daemon.browser()) for _ in range(4)]
+        answered: list[str] = []
+
+        def call(caller: int) -> None:
+            with contextlib.suppress(ConnectionError):
+                for phone in itertools.count(1000 * caller):
+                    if daemon.trigger(phone=str(phone)) != 200:
+                        return
+                    answered.append(str(phone))
+                    if len(answered) == moment:
+                        daemon.process.terminate()
+
+        def come_and_go() -> None:
+            with contextlib.suppress(ConnectionError, EOFError):
+                while True:
+                    reset(daemon.browser(source="127.0.0.9").sock)
+                    daemon.browser(source="127.0.0.9").sock.close()
+
+        with ThreadPoolExecutor(40) as pool:
+            work = [pool.submit(call, caller) for caller in range(3)] + [pool.submit(come_and_go)]
+            heard = [pool.submit(self.heard_until_1001, browser) for browser in browsers]
+            if moment == 0:
+                daemon.process.terminate()
+            self.assertEqual(daemon.process.wait(5), 0, daemon.lines[-5:])
+            for each in work:
+                each.result(TIMEOUT)
+            phones = heard[0].result(TIMEOUT)
+            self.assertLessEqual(set(answered), set(phones))
+            for other in heard:
+                self.assertEqual(other.result(TIMEOUT), phones)
+
+    @staticmethod
+    def heard_until_1001(browser: Browser) -> list[str]:
+        """Return the calls that come before the daemon says goodbye."""
+        phones = []
+        opcode, payload = browser.frame()
+        while opcode == Opcode.TEXT:
+            phones.append(json.loads(payload)["phone"])
+            opcode, payload = browser.frame()
+        assert (opcode, payload[:2]) == (Opcode.CLOSE, b"\x03\xe9"), (opcode, payload)
+        browser.send(Opcode.CLOSE, payload[:2])
+        assert receive_all(browser.sock) == b""
+        browser.sock.close()
+        return phones
+
+    @needs_namespaces
+    def test_name_server_that_never_answers_is_never_asked(self) -> None:
+        with Namespace() as here, tempfile.TemporaryDirectory() as folder:
+            for name, text in [
+                ("resolv.conf", "nameserver 127.0.0.1\n"),
+                ("nsswitch.conf", "hosts: files dns\n"),
+                ("hosts", ""),
+            ]:
+                Path(folder, name).write_text(text)
+                if Path("/etc", name).exists():
+                    here.run(f"mount --bind {folder}/{name} /etc/{name}")
+            with here.call(socket.socket, type=socket.SOCK_DGRAM) as name_server:
+                name_server.bind(("127.0.0.1", 53))
+                name_server.setblocking(False)
+                with Daemon(command=here.enter) as daemon:
+                    with here.call(daemon.browser) as browser:
+                        self.assertEqual(here.call(daemon.trigger), 200)
+                        self.assertEqual(browser.phones(1), ["0312345678"])
+                with self.assertRaises(BlockingIOError):
+                    name_server.recv(512)
+
+    @needs("faketime")
+    def test_clock_set_back_an_hour(self) -> None:
+        preload = subprocess.run(
+            ["faketime", "-f", "+0", "printenv", "LD_PRELOAD"],
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout.strip()
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            clock = Path(folder, "clock")
+            clock.write_text("+0")
+            environ = {
+                "LD_PRELOAD": preload,
+                "FAKETIME_TIMESTAMP_FILE": str(clock),
+                "FAKETIME_NO_CACHE": "1",
+                "DONT_FAKE_MONOTONIC": "1",
+            }
+            daemon = stack.enter_context(Daemon(environ=environ, PING_INTERVAL=1))
+            pool = stack.enter_context(ThreadPoolExecutor(40))
+            alive = stack.enter_context(daemon.browser())
+            answers = pool.submit(lambda: [alive.message()["id"] for _ in range(200)])
+            for _ in range(100):
+                self.assertEqual(daemon.trigger(), 200)
+            later = Path(folder, "later")
+            later.write_text("-3600")
+            later.replace(clock)
+            before = daemon.descriptors()
+            silent = stack.enter_context(daemon.browser(source="127.0.0.2"))
+            refused = stack.enter_context(daemon.connect())
+            refused.sendall(b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 9999999\r\n\r\n")
+            for _ in range(99):
+                self.assertEqual(daemon.trigger(), 200)
+            # Neither the one that is silent nor the one that does not hang up stays.
+            until(lambda: daemon.descriptors() == before, "both are gone")
+            daemon.wait_for_log("browser dropped: 127.0.0.2 was silent for 2 s")
+            wait_for_reset(silent.sock)
+            self.assertEqual(daemon.trigger(), 200)
+            ids = [tuple(map(int, each.split("-"))) for each in answers.result(TIMEOUT)]
+            self.assertEqual(ids, sorted(set(ids)))
+            calls = daemon.wait_for_log("call ", 200)
+            self.assertLess(min(calls), calls[0])  # it was indeed set back
 
 
 # --- Browsers ----------------------------------------------------------------------------------
