@@ -1039,6 +1039,14 @@ class Waker:
         with contextlib.suppress(BlockingIOError):
             self._writer.send(b"\0")
 
+    def heed_signals(self) -> None:
+        """Let every signal wake, too. Main thread.
+
+        A handler runs between two steps of the main thread: a signal that comes as its wait
+        begins, or that the system hands to another thread, would be slept over.
+        """
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+
     def drain(self) -> None:
         """Forget the wakings so far."""
         with contextlib.suppress(BlockingIOError):
@@ -2046,6 +2054,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval: float = 0) -> None:
         """Accept and answer until stop(). Nothing is polled: `poll_interval` is the parent's."""
+        if threading.current_thread() is threading.main_thread():
+            self._waker.heed_signals()
         while not self._is_stopping:
             ready = self._selector.select(0)
             if not ready:
