@@ -2391,6 +2391,21 @@ class TestStartStopClock(unittest.TestCase):
             for other in heard:
                 self.assertEqual(other.result(TIMEOUT), phones)
 
+    def test_signal_that_the_main_thread_sleeps_over_ends_it_too(self) -> None:
+        # The same as one that comes just as the main thread begins to wait.
+        script = (
+            "import runpy, signal, sys, threading\n"
+            "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+            "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])\n"
+            f"runpy.run_path({str(PROGRAM)!r}, run_name='__main__')\n"
+        )
+        with tempfile.NamedTemporaryFile("w", suffix=".py") as program:
+            program.write(script)
+            program.flush()
+            with Daemon(program=program.name) as daemon:
+                self.assertEqual(daemon.trigger(), 200)
+                self.assertEqual(daemon.stop(), 0)
+
     @staticmethod
     def heard_until_1001(browser: Browser) -> list[str]:
         """Return the calls that come before the daemon says goodbye."""
