@@ -1116,6 +1116,7 @@ class TestSubscription(unittest.TestCase):
     def test_log_says_why_nobody_was_told(self) -> None:
         with Daemon() as daemon:
             daemon.trigger("&exten=7")
+            daemon.wait_for_log("call ")
             with daemon.browser("?exten=201"), daemon.browser("?exten=202"):
                 daemon.trigger("&exten=7")
                 lines = daemon.wait_for_log("call ", 2)
