@@ -2766,10 +2766,39 @@ def local_time(second: int) -> str:
     return time.strftime("%F %T", time.localtime(second))
 
 
+LOST = {"levelno": logging.WARNING, "levelname": "WARNING"}
+
+
+class LogHandler(logging.Handler):
+    """Writes to standard error, and never waits for whoever reads it: no log stops a popup."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._descriptor = sys.stderr.fileno()
+        self._lost = 0
+        mode = os.fstat(self._descriptor).st_mode
+        # A terminal's descriptor is shared with the shell, and a file never blocks for long.
+        if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+            os.set_blocking(self._descriptor, False)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, or count it when nobody has read those before it."""
+        text = self.format(record)
+        if self._lost:
+            what = f"{self._lost} log lines were lost: nobody reads them"
+            lost = logging.makeLogRecord({**LOST, "msg": what})
+            text = f"{self.format(lost)}\n{text}"
+        try:
+            os.write(self._descriptor, f"{text}\n".encode("utf-8", "backslashreplace"))
+            self._lost = 0
+        except OSError:  # full, or nobody is there to read
+            self._lost += 1
+
+
 def set_up_log() -> None:
     """Log to standard error: with the time for a terminal or a file, for the journal without."""
-    handler = logging.StreamHandler()
-    is_for_journal = is_journal(handler.stream.fileno())
+    handler = LogHandler()
+    is_for_journal = is_journal(sys.stderr.fileno())
     handler.setFormatter(JournalFormatter() if is_for_journal else TimeFormatter())
     log.addHandler(handler)
     log.setLevel(logging.INFO)

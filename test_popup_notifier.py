@@ -99,6 +99,7 @@ class Daemon:
         *,
         text: str | None = None,
         program: str | Path = PROGRAM,
+        reads_log: bool = True,
         command: Iterable[str] = (),
         environ: dict[str, str] | None = None,
         **keys: object,
@@ -118,6 +119,12 @@ class Daemon:
             env={**os.environ, "XDG_STATE_HOME": self.folder.name, **(environ or {})},
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reads_log = reads_log
+        if reads_log:
+            self._reader.start()
+
+    def read_log(self) -> None:
+        """Read the log that nobody has read so far."""
         self._reader.start()
 
     def write_config(self, **keys: object) -> None:
@@ -133,7 +140,11 @@ class Daemon:
                 self._news.notify_all()
 
     def __enter__(self) -> Daemon:
-        self.wait_for_log("listens on")
+        if self._reads_log:
+            self.wait_for_log("listens on")
+        else:
+            assert self.process.stderr is not None
+            self.lines.append(self.process.stderr.readline())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -1932,6 +1943,16 @@ class TestCommandLine(unittest.TestCase):
             )
             log.seek(0)
             self.assertRegex(log.read(), r"^<3>/\S+:1: SECRET_TOKEN: must be .*\n$")
+
+    def test_log_that_nobody_reads_stops_nothing(self) -> None:
+        total = 2000  # their lines fill a pipe three times over
+        with Daemon(reads_log=False) as daemon, daemon.browser() as browser:
+            for number in range(total):
+                self.assertEqual(daemon.trigger(phone=str(number)), 200)
+            self.assertEqual(browser.phones(total), [str(number) for number in range(total)])
+            daemon.read_log()
+            daemon.trigger()
+            daemon.wait_for_log(r"WARNING \d+ log lines were lost: nobody reads them")
 
     def test_no_name_is_looked_up(self) -> None:
         poison = (
