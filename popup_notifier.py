@@ -1058,9 +1058,11 @@ class Backlog:
 
     __slots__ = ("_begun", "_chunks", "size")
 
-    def __init__(self, frames: bytes, sent: int) -> None:
+    def __init__(self, frames: bytes, sent: int, pledged: int = 0) -> None:
         self._chunks: collections.deque[bytes] = collections.deque()
-        self._begun = 0  # bytes in front that end a frame of which some went out
+        # Bytes in front that must go out: they end a frame of which some did, or TLS has them
+        # already, encrypted, and must be offered the same again (SSL_write(3)).
+        self._begun = pledged
         self.size = len(frames)
         self._put_back(frames, sent)
 
@@ -1077,6 +1079,8 @@ class Backlog:
                 data += self._chunks.popleft()
             try:
                 sent = send(data)
+            except ssl.SSLWantWriteError:
+                sent, self._begun = 0, len(data)
             except WOULD_BLOCK:
                 sent = 0
             self._put_back(data, sent)
@@ -1499,16 +1503,19 @@ class Hub:
         if subscriber.backlog is not None:
             subscriber.backlog.append(frames)
         else:
+            sent = pledged = 0
             try:
                 sent = subscriber.send(frames)
+            except ssl.SSLWantWriteError:
+                pledged = len(frames)
             except WOULD_BLOCK:
-                sent = 0
+                pass
             except OSError as error:
                 self._lose(subscriber, error)
                 return
             if sent == len(frames):
                 return
-            subscriber.backlog = Backlog(frames, sent)
+            subscriber.backlog = Backlog(frames, sent, pledged)
             self._watch(subscriber, selectors.EVENT_READ | selectors.EVENT_WRITE)
         if subscriber.backlog.size > subscriber.max_backlog:
             self._evict(subscriber)
