@@ -25,6 +25,7 @@ import selectors
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -185,7 +186,11 @@ class Daemon:
             return found()
 
     def connect(
-        self, host: str = "127.0.0.1", source: str = "", receive_buffer: int = 0
+        self,
+        host: str = "127.0.0.1",
+        source: str = "",
+        receive_buffer: int = 0,
+        port: int | None = None,
     ) -> socket.socket:
         """Return a connection to the daemon."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -198,7 +203,7 @@ class Daemon:
         if source:
             sock.bind((source, 0))
         try:
-            sock.connect((host, self.port))
+            sock.connect((host, port or self.port))
         except OSError:
             sock.close()
             raise
@@ -2066,23 +2071,40 @@ class TestSlowBrowsers(unittest.TestCase):
 
     def test_stalled_browser_that_reads_again_gets_whole_frames_and_1008(self) -> None:
         with Daemon() as daemon, daemon.browser(receive_buffer=2048) as browser:
-            numbers = itertools.count()
-            while not any("is too slow" in line for line in daemon.lines):
-                daemon.trigger(self.KILOBYTE, f"{next(numbers):04}")
-            sent = next(numbers)
-            # It wakes up: there is room now for all that is on its way.
-            browser.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-            heard = []
+            self.stall_and_wake_up(daemon, browser)
+
+    @needs("openssl")
+    def test_stalled_browser_over_tls_gets_whole_frames_and_1008(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
+            command = [*make.split(), "-keyout", f"{folder}/key", "-out", f"{folder}/cert"]
+            subprocess.run(command, check=True, capture_output=True)
+            port, cert, key = free_port(), f"{folder}/cert", f"{folder}/key"
+            with Daemon(CLIENT_PORT=port, USE_SSL="yes", CERT_FILE=cert, KEY_FILE=key) as daemon:
+                context = ssl.create_default_context(cafile=f"{folder}/cert")
+                sock = daemon.connect(port=port, receive_buffer=2048)
+                with Browser(context.wrap_socket(sock, server_hostname="localhost")) as browser:
+                    self.stall_and_wake_up(daemon, browser)
+
+    def stall_and_wake_up(self, daemon: Daemon, browser: Browser) -> None:
+        """Call a browser that does not read until it is dropped; then let it read."""
+        numbers = itertools.count()
+        while not any("is too slow" in line for line in daemon.lines):
+            daemon.trigger(self.KILOBYTE, f"{next(numbers):04}")
+        sent = next(numbers)
+        # It wakes up: there is room now for all that is on its way.
+        browser.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        heard = []
+        opcode, payload = browser.frame()
+        while opcode == Opcode.TEXT:
+            heard.append(json.loads(payload)["phone"])
             opcode, payload = browser.frame()
-            while opcode == Opcode.TEXT:
-                heard.append(json.loads(payload)["phone"])
-                opcode, payload = browser.frame()
-            self.assertEqual((opcode, payload), (Opcode.CLOSE, b"\x03\xf0too slow"))
-            self.assertEqual(heard, [f"{number:04}" for number in range(len(heard))])
-            self.assertLess(len(heard), sent - 400)  # what waited was discarded
-            browser.send(Opcode.CLOSE, payload[:2])
-            self.assertEqual(receive_all(browser.sock), b"")
-            self.assertEqual(len(daemon.wait_for_log("browser ")), 2)  # connected, dropped
+        self.assertEqual((opcode, payload), (Opcode.CLOSE, b"\x03\xf0too slow"))
+        self.assertEqual(heard, [f"{number:04}" for number in range(len(heard))])
+        self.assertLess(len(heard), sent - 400)  # what waited was discarded
+        browser.send(Opcode.CLOSE, payload[:2])
+        self.assertEqual(receive_all(browser.sock), b"")
+        self.assertEqual(len(daemon.wait_for_log("browser ")), 2)  # connected, dropped
 
     def test_slow_browser_within_the_bound_loses_nothing(self) -> None:
         calls = [f"{number:04}" for number in range(300)]
