@@ -1990,9 +1990,11 @@ class RefusalLog:
         if is_full:
             self.report()
 
-    def report(self) -> None:
-        """Log what was only counted, and begin anew."""
+    def report(self, now: float = math.inf) -> None:
+        """Log what was only counted, if that is due, and begin anew. Any thread."""
         with self._lock:
+            if self.deadline is None or self.deadline > now:
+                return
             counts, self._counts = self._counts, collections.Counter()
             self.deadline = None
         for (address, status), count in counts.items():
@@ -2093,8 +2095,7 @@ class Server(http.server.ThreadingHTTPServer):
     def _expire(self) -> None:
         """Do what is due: end those who were too slow, accept again after a pause, report."""
         now = time.monotonic()
-        if self.refusals.deadline is not None and self.refusals.deadline <= now:
-            self.refusals.report()
+        self.refusals.report(now)
         for room in self._rooms:
             while room and next(iter(room)).deadline <= now:
                 self._time_out(next(iter(room)))
