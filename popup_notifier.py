@@ -548,7 +548,9 @@ def tokens(field: str) -> list[str]:
 
 def accept_key(key: str) -> str:
     """Return the Sec-WebSocket-Accept for a Sec-WebSocket-Key (RFC 6455 section 4.2.2)."""
-    return base64.b64encode(hashlib.sha1(key.encode() + ACCEPT_GUID).digest()).decode()
+    # Not for security: a machine in FIPS mode must not refuse it.
+    digest = hashlib.sha1(key.encode() + ACCEPT_GUID, usedforsecurity=False).digest()
+    return base64.b64encode(digest).decode()
 
 
 def check_handshake(fields: Mapping[str, str]) -> str:
@@ -2038,6 +2040,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._is_stopping = False
         self._tasks: collections.deque[Callable[[], None]] = collections.deque()
         self._accept_again: float | None = None  # when accepting is paused: until then
+        self._next_pause_log = 0.0
         self._has_warned_of_proxy = False
         self._free_threads = threading.BoundedSemaphore(MAX_THREADS)
         self._selector = selectors.DefaultSelector()
@@ -2137,9 +2140,12 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _pause(self, error: OSError) -> None:
         """Accept nobody for a moment: the listener stays ready, and would keep us spinning."""
-        log.error("cannot accept connections: %s", error.strerror)
+        now = time.monotonic()
+        if now >= self._next_pause_log:
+            log.error("cannot accept connections for now: %s", error.strerror)
+            self._next_pause_log = now + REPORT_PERIOD
         self._selector.unregister(self.socket)
-        self._accept_again = time.monotonic() + ACCEPT_PAUSE
+        self._accept_again = now + ACCEPT_PAUSE
 
     def _read(self, connection: Connection) -> None:
         """Read what is there; answer a whole request, wait for the rest of another."""
@@ -2163,6 +2169,10 @@ class Server(http.server.ThreadingHTTPServer):
                 self._advance(connection)
             except RequestError as error:
                 self._refuse(connection, error)
+            except Exception:
+                log.exception("a request from %s met a bug", connection.address)
+                self._send(connection, INTERNAL_ERROR)
+                self._hang_up(connection)
 
     def _advance(self, connection: Connection) -> None:
         """Answer a request that is whole; refuse early what will be refused anyway."""
@@ -2243,13 +2253,7 @@ class Server(http.server.ThreadingHTTPServer):
                 raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "busy", Retry_After="1")
             self.process_request(connection, connection.address)  # type: ignore[arg-type]
             return
-        try:
-            response = RequestHandler(connection, self).respond()
-        except RequestError:
-            raise
-        except Exception:
-            log.exception("a request from %s met a bug", connection.address)
-            response = INTERNAL_ERROR
+        response = RequestHandler(connection, self).respond()
         if response is not None:
             self._send(connection, response)
             self._hang_up(connection)
