@@ -1526,11 +1526,15 @@ class Hub:
         """Send on what waits for a browser whose socket has room again."""
         if subscriber.backlog is None:
             return
+        size = subscriber.backlog.size
         try:
             subscriber.backlog.flush(subscriber.send)
         except OSError as error:
             self._lose(subscriber, error)
             return
+        if subscriber.backlog.size < size:
+            # Its answers to pings may be late, but it takes what we send.
+            subscriber.last_heard = self._now
         if not subscriber.backlog.size:
             subscriber.backlog = None
             self._watch(subscriber, selectors.EVENT_READ)
