@@ -1457,6 +1457,7 @@ class Hub:
             later = [call for call in calls[subscriber.calls_before :] if subscriber.wants(call)]
             self._admit(subscriber, later)
         if arrivals:
+            self._make_room()
             self._log_arrivals(arrivals)
         for index, (call, count) in enumerate(zip(calls, counts)):
             late = [each for each in arrivals if each.calls_before <= index and each.wants(call)]
@@ -1625,6 +1626,11 @@ class Hub:
             subscriber.deadline = self._now + CLOSE_TIMEOUT
             self._leaving.append(subscriber)
             self._strike_off(subscriber)
+
+    def _make_room(self) -> None:
+        """Reset those who take their time to leave when others need their places."""
+        while self._leaving and len(self._audience) + len(self._leaving) > self.max_browsers:
+            self._abort(self._leaving.popleft())
 
     def _end_those_leaving(self) -> None:
         """Reset the connections of those whose time to leave is over."""
