@@ -2050,7 +2050,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._is_stopping = False
         self._tasks: collections.deque[Callable[[], None]] = collections.deque()
         self._accept_again: float | None = None  # when accepting is paused: until then
-        self._next_pause_log = 0.0
+        self._complain_again = 0.0  # monotonic seconds
         self._has_warned_of_proxy = False
         self._free_threads = threading.BoundedSemaphore(MAX_THREADS)
         self._selector = selectors.DefaultSelector()
@@ -2151,9 +2151,9 @@ class Server(http.server.ThreadingHTTPServer):
     def _pause(self, error: OSError) -> None:
         """Accept nobody for a moment: the listener stays ready, and would keep us spinning."""
         now = time.monotonic()
-        if now >= self._next_pause_log:
-            log.error("cannot accept connections for now: %s", error.strerror)
-            self._next_pause_log = now + REPORT_PERIOD
+        if now >= self._complain_again:
+            log.error("cannot accept connections: %s", error.strerror)
+            self._complain_again = now + REPORT_PERIOD
         self._selector.unregister(self.socket)
         self._accept_again = now + ACCEPT_PAUSE
 
