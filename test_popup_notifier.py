@@ -2298,6 +2298,18 @@ class TestDescriptors(unittest.TestCase):
             self.assertEqual(len(browsers) + refused, 75)
             self.assertFalse([line for line in daemon.lines if "cannot accept" in line])
 
+    def test_those_who_take_their_time_to_leave_make_room(self) -> None:
+        with Daemon(command=self.limited(64, 64)) as daemon, contextlib.ExitStack() as stack:
+            stays = [stack.enter_context(daemon.browser()) for _ in range(20)]
+            for _ in range(100):
+                browser = stack.enter_context(daemon.browser())
+                browser.send(Opcode.CLOSE)
+                self.assertEqual(browser.frame(), (Opcode.CLOSE, b""))  # and does not hang up
+            self.assertEqual(daemon.trigger(), 200)
+            for browser in stays:
+                self.assertEqual(browser.phones(1), ["0312345678"])
+            self.assertFalse([line for line in daemon.lines if "cannot accept" in line])
+
     def test_service_resumes_when_descriptors_are_free_again(self) -> None:
         with contextlib.ExitStack() as stack:
             daemon = stack.enter_context(Daemon(command=self.limited(64, 64), PING_INTERVAL=1))
@@ -2318,6 +2330,7 @@ class TestDescriptors(unittest.TestCase):
                 self.ping(browsers[0])
             share = (daemon.cpu_seconds() - cpu) / (time.monotonic() - start)
             self.assertLess(share, 0.5)
+            self.assertEqual(len(daemon.wait_for_log("cannot accept")), 1)
             early.sendall(f"/trigger?phone=1&token={TOKEN} HTTP/1.0\r\n\r\n".encode())
             self.assertEqual(status_of(receive_all(early)), 200)
             self.assertEqual([each.result(TIMEOUT) for each in heard], [["1"]] * 29)
