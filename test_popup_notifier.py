@@ -33,6 +33,7 @@ import tempfile
 import threading
 import time
 import unittest
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from html import escape
@@ -444,11 +445,11 @@ class TestConfig(unittest.TestCase):
         return parse_config(text.encode() if isinstance(text, str) else text, "f")
 
     def test_seed_configuration(self) -> None:
-        config, warnings = self.parse(SEED_CONFIG)
+        config, oddities = self.parse(SEED_CONFIG)
         self.assertEqual((config.port, config.secret_token), (8989, "mytoken"))
         self.assertEqual(str(config.trigger_allow), "127.0.0.1/32")
         self.assertEqual(str(config.crmws_allow), "127.0.0.1/32, 192.168.0.0/16")
-        self.assertEqual(warnings, [])
+        self.assertEqual(oddities, [])
 
     def test_defaults(self) -> None:
         config, _ = self.parse("SECRET_TOKEN=t")
@@ -469,8 +470,8 @@ class TestConfig(unittest.TestCase):
             ("alias", b"HTTP_PORT=81\nSECRET_TOKEN=t"),
         ]:
             with self.subTest(label):
-                config, warnings = self.parse(data)
-                self.assertEqual((config.port, config.secret_token, warnings), (81, "t", []))
+                config, oddities = self.parse(data)
+                self.assertEqual((config.port, config.secret_token, oddities), (81, "t", []))
 
     def test_token_keeps_signs(self) -> None:
         self.assertEqual(self.parse("SECRET_TOKEN=a=b#c")[0].secret_token, "a=b#c")
@@ -497,9 +498,9 @@ class TestConfig(unittest.TestCase):
             self.assertNotIn("geheim", str(caught.exception))
 
     def test_oddities_are_warned_of(self) -> None:
-        _, warnings = self.parse("SECRET_TOKEN=t\nPORT=1\nPROT=2\nHTTP_PORT=3\nwhat=4")
+        _, oddities = self.parse("SECRET_TOKEN=t\nPORT=1\nPROT=2\nHTTP_PORT=3\nwhat=4")
         self.assertEqual(
-            warnings,
+            oddities,
             [
                 'f:3: "PROT" is not a key and is ignored; did you mean PORT?',
                 "f:4: HTTP_PORT is given again; line 2 does not count",
@@ -1887,7 +1888,263 @@ class TestResources(unittest.TestCase):
 # --- 6. TLS ------------------------------------------------------------------------------------
 
 
+class Certificates:
+    """A private CA, and certificates for 127.0.0.1 that it signed, made by openssl."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        subject = ("-subj", "/CN=popup-notifier test CA")
+        self.openssl(
+            "req", "-x509", *self.new_key("ca.key"), *subject, "-out", self.path("ca.pem")
+        )
+
+    def path(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def new_key(self, name: str) -> tuple[str, ...]:
+        options = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout".split()
+        return (*options, self.path(name))
+
+    def openssl(self, *args: str) -> None:
+        subprocess.run(["openssl", *args], check=True, capture_output=True, cwd=self.folder)
+
+    def make(self, name: str, days: int = 2) -> dict[str, str]:
+        """Make a certificate; return the configuration that uses it."""
+        request, extensions = self.path(f"{name}.csr"), self.path("extensions")
+        Path(extensions).write_text("subjectAltName=IP:127.0.0.1,DNS:localhost")
+        self.openssl("req", *self.new_key(f"{name}.key"), "-subj", f"/CN={name}", "-out", request)
+        self.openssl(
+            *("x509", "-req", "-in", request, "-CA", self.path("ca.pem")),
+            *("-CAkey", self.path("ca.key"), "-CAcreateserial", "-days", str(days)),
+            *("-extfile", extensions, "-out", self.path(f"{name}.pem")),
+        )
+        return {"CERT_FILE": self.path(f"{name}.pem"), "KEY_FILE": self.path(f"{name}.key")}
+
+    def client(self) -> ssl.SSLContext:
+        """Return what a browser is that trusts this CA."""
+        return ssl.create_default_context(cafile=self.path("ca.pem"))
+
+
+@needs("openssl")
+class TestTLS(unittest.TestCase):
+    """CLIENT_PORT with USE_SSL."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.folder = tempfile.TemporaryDirectory()
+        cls.certificates = Certificates(cls.folder.name)
+        cls.keys = cls.certificates.make("good")
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        cls.folder.cleanup()
+
+    folder: tempfile.TemporaryDirectory[str]
+    certificates: Certificates
+    keys: dict[str, str]
+
+    @contextlib.contextmanager
+    def daemon(self, **keys: object) -> Iterator[tuple[Daemon, int]]:
+        """Run a daemon; yield it and its port for browsers."""
+        port = free_port()
+        settings: dict[str, Any] = {"CLIENT_PORT": port, "USE_SSL": "yes", **self.keys, **keys}
+        with Daemon(**settings) as daemon:
+            yield daemon, port
+
+    def browser(self, port: int, query: str = "") -> Browser:
+        sock = socket.create_connection(("127.0.0.1", port), TIMEOUT)
+        secure = self.certificates.client().wrap_socket(sock, server_hostname="127.0.0.1")
+        return Browser(secure, "/crmws" + query)
+
+    def test_calls_arrive_in_order_and_missed_ones_first(self) -> None:
+        with self.daemon() as (daemon, port):
+            with self.browser(port, "?since=") as browser:
+                hello = browser.hello()
+                for number in range(200):
+                    daemon.trigger(phone=str(number))
+                self.assertEqual(browser.phones(200), [str(number) for number in range(200)])
+                browser.send(9, b"you?")
+                self.assertEqual(browser.frame(), (Opcode.PONG, b"you?"))
+            with self.browser(port, f"?since={hello['id']}") as browser:
+                browser.hello()
+                self.assertEqual(len(set(browser.phones(200))), 200)
+
+    def test_old_versions_are_refused(self) -> None:
+        with self.daemon() as (_, port):
+            for version, is_spoken in (
+                (ssl.TLSVersion.TLSv1_1, False),
+                (ssl.TLSVersion.TLSv1_2, True),
+                (ssl.TLSVersion.TLSv1_3, True),
+            ):
+                context = self.certificates.client()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    context.minimum_version = ssl.TLSVersion.TLSv1
+                    context.maximum_version = version
+                context.set_ciphers("ALL:@SECLEVEL=0")
+                with self.subTest(version), socket.create_connection(("127.0.0.1", port)) as sock:
+                    if is_spoken:
+                        context.wrap_socket(sock, server_hostname="127.0.0.1").close()
+                    else:
+                        with self.assertRaises(OSError):
+                            context.wrap_socket(sock, server_hostname="127.0.0.1")
+
+    def test_stalled_handshakes_harm_nobody_and_end(self) -> None:
+        with self.daemon() as (daemon, port), contextlib.ExitStack() as stack:
+            stalled = []
+            for number in range(100):
+                sock = stack.enter_context(socket.create_connection(("127.0.0.1", port), TIMEOUT))
+                sock.sendall(b"\x16\x03\x01\x02\x00\x01"[: number % 7])
+                stalled.append(sock)
+            with self.browser(port) as browser:
+                self.assertEqual(daemon.trigger(), 200)
+                self.assertEqual(browser.phones(1), ["0312345678"])
+            for sock in stalled:
+                self.assertEqual(receive_all(sock), b"")
+
+    def test_client_that_gives_up_is_named(self) -> None:
+        with self.daemon() as (daemon, port):
+            with socket.create_connection(("127.0.0.1", port), TIMEOUT) as sock:
+                with self.assertRaises(ssl.SSLError):
+                    ssl.create_default_context().wrap_socket(sock, server_hostname="127.0.0.1")
+                daemon.wait_for_log("TLS: does not trust our certificate")
+            with socket.create_connection(("127.0.0.1", port), TIMEOUT) as sock:
+                sock.sendall(handshake())
+                receive_all(sock)
+            daemon.wait_for_log("TLS: speaks http on the https port")
+
+    def test_certificate_that_is_no_use(self) -> None:
+        other = self.certificates.make("other")
+        garbage = self.certificates.path("garbage.pem")
+        Path(garbage).write_text("garbage")
+        for keys, expected in [
+            ({"CERT_FILE": "/nowhere.pem"}, "CERT_FILE: cannot read /nowhere.pem: No such file"),
+            ({"KEY_FILE": "/nowhere.key"}, "KEY_FILE: cannot read /nowhere.key: No such file"),
+            ({"KEY_FILE": other["KEY_FILE"]}, "is not that of CERT_FILE"),
+            ({"CERT_FILE": garbage}, "is not in PEM form"),
+        ]:
+            with self.subTest(expected), self.assertRaises(AssertionError) as caught:
+                with self.daemon(**keys):
+                    self.fail("it started")
+            self.assertIn(expected, str(caught.exception))
+
+    def test_expired_certificate_is_warned_of(self) -> None:
+        keys = self.certificates.make("expired", days=-1)
+        with self.daemon(**keys) as (daemon, _):
+            daemon.wait_for_log(r"WARNING CERT_FILE \S+ expired on \d{4}-\d\d-\d\d: browsers will")
+
+    def test_renewed_certificate_is_for_new_connections(self) -> None:
+        with self.daemon() as (daemon, port), self.browser(port) as old:
+            renewed = self.certificates.make("renewed")
+            daemon.write_config(CLIENT_PORT=port, USE_SSL="yes", **renewed)
+            daemon.process.send_signal(signal.SIGHUP)
+            daemon.wait_for_log("configuration reloaded")
+            with self.browser(port) as new:
+                assert isinstance(new.sock, ssl.SSLSocket)
+                self.assertIn("'renewed'", str(new.sock.getpeercert()))
+                daemon.trigger()
+                self.assertEqual(new.phones(1) + old.phones(1), ["0312345678"] * 2)
+
+    def test_coming_and_going_leaves_nothing(self) -> None:
+        with self.daemon() as (daemon, port):
+            files = Path(f"/proc/{daemon.process.pid}/fd")
+            self.browser(port).sock.close()
+            daemon.wait_for_log("browser gone")
+            before = len(list(files.iterdir()))
+            chance = random.Random(19)
+            for number in range(60):
+                browser = self.browser(port)
+                daemon.trigger(phone=str(number))
+                if chance.random() < 0.5:
+                    self.assertEqual(browser.phones(1), [str(number)])
+                browser.sock.close() if chance.random() < 0.5 else reset(browser.sock)
+            daemon.wait_for_log("browser gone", 61)
+            self.assertEqual(len(list(files.iterdir())), before)
+
+    @needs("chromium")
+    def test_status_page_over_https_in_chromium(self) -> None:
+        public = subprocess.run(
+            "openssl x509 -pubkey -noout -in good.pem | openssl pkey -pubin -outform der"
+            " | openssl dgst -sha256 -binary | base64",
+            shell=True,
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=self.folder.name,
+        ).stdout.strip()
+        trust = f"--ignore-certificate-errors-spki-list={public}"
+        with self.daemon() as (daemon, port), Chromium(trust) as browser:
+            tab = browser.open(f"https://127.0.0.1:{port}/")
+            tab.wait_for("document.querySelector('#state.open')")
+            self.assertEqual(tab.evaluate("location.protocol"), "https:")
+            daemon.trigger()
+            tab.wait_for("document.querySelector('tbody').textContent.includes('0312345678')")
+
+
 # --- 8. systemd --------------------------------------------------------------------------------
+
+
+class TestServiceManager(unittest.TestCase):
+    """sd_notify(3), by a socket that plays systemd."""
+
+    def test_what_systemd_is_told(self) -> None:
+        name = f"popup-notifier-test-{os.getpid()}"
+        for address, shown in ((f"\0{name}", f"@{name}"), ("", "")):
+            with self.subTest(shown), tempfile.TemporaryDirectory() as folder:
+                path = address or str(Path(folder, "notify"))
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+                    manager.bind(path)
+                    manager.settimeout(TIMEOUT)
+                    environ = {"NOTIFY_SOCKET": shown or path, "WATCHDOG_USEC": "200000"}
+                    self.play(manager, environ)
+
+    def play(self, manager: socket.socket, environ: dict[str, str]) -> None:
+        def told(pattern: str) -> None:
+            while not re.search(pattern, manager.recv(4096).decode()):
+                pass
+
+        with Daemon(environ=environ) as daemon:
+            told("^READY=1$")
+            self.assertEqual(daemon.trigger(), 200)
+            told(r"^STATUS=0 browsers connected, 1 calls so far\nWATCHDOG=1$")
+            told("WATCHDOG=1")
+            daemon.process.send_signal(signal.SIGHUP)
+            told(r"^RELOADING=1\nMONOTONIC_USEC=\d+$")
+            told("^READY=1$")
+            daemon.process.send_signal(signal.SIGTERM)
+            told("^STOPPING=1$")
+            self.assertEqual(daemon.process.wait(TIMEOUT), 0)
+
+    def test_hub_that_hangs_feeds_no_watchdog_and_is_not_healthy(self) -> None:
+        poison = (
+            "import sys, threading\n"
+            f"sys.path.insert(0, {str(HERE)!r})\n"
+            "import popup_notifier\n"
+            "popup_notifier.Hub._deliver = lambda *args: threading.Event().wait()\n"
+            "sys.exit(popup_notifier.main())\n"
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            program = Path(folder, "poisoned.py")
+            program.write_text(poison)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+                manager.bind(str(Path(folder, "notify")))
+                manager.settimeout(TIMEOUT)
+                environ = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "100000"}
+                with Daemon(program=program, environ=environ) as daemon:
+                    self.assertIn("200 OK", self.health(daemon))
+                    self.assertEqual(daemon.trigger(), 200)
+                    self.assertIn("503 Service Unavailable", self.health(daemon))
+                    manager.setblocking(False)
+                    with contextlib.suppress(BlockingIOError):
+                        while True:
+                            manager.recv(4096)
+                    # Some beats later: the health check alone waits for twenty.
+                    self.health(daemon)
+                    with self.assertRaises(BlockingIOError):
+                        manager.recv(4096)
+
+    def health(self, daemon: Daemon) -> str:
+        return daemon.exchange(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n").decode()
 
 
 # --- 9. Command line ---------------------------------------------------------------------------
@@ -2033,6 +2290,49 @@ class TestCommandLine(unittest.TestCase):
                 timeout=TIMEOUT,
             )
         self.assertEqual(done.returncode, 0)
+
+
+class TestReload(unittest.TestCase):
+    """SIGHUP."""
+
+    def reload(self, daemon: Daemon, expected: str, **keys: object) -> None:
+        daemon.write_config(**keys)
+        daemon.process.send_signal(signal.SIGHUP)
+        daemon.wait_for_log(expected)
+
+    def test_browsers_stay_but_those_not_admitted_any_more(self) -> None:
+        with (
+            Daemon() as daemon,
+            daemon.browser() as stays,
+            daemon.browser(source="127.0.0.2") as goes,
+        ):
+            self.reload(
+                daemon, "configuration reloaded", CRMWS_ALLOW="127.0.0.1", SECRET_TOKEN="new"
+            )
+            self.assertEqual(goes.closed_with()[0], CloseCode.POLICY_VIOLATION)
+            daemon.wait_for_log("browser dropped: 127.0.0.2 is no longer in CRMWS_ALLOW")
+            self.assertEqual(daemon.trigger(), 401)
+            self.assertEqual(daemon.trigger(token="new"), 200)
+            self.assertEqual(stays.phones(1), ["0312345678"])
+            self.assertEqual(status_of(daemon.exchange(handshake(), source="127.0.0.2")), 403)
+
+    def test_bad_file_changes_nothing(self) -> None:
+        with Daemon() as daemon, daemon.browser() as browser:
+            self.reload(daemon, "the old one stays in force", TRIGGER_ALLOW="nobody")
+            self.assertIn('"nobody", no IP address', "\n".join(daemon.lines))
+            self.assertEqual(daemon.trigger(), 200)
+            self.assertEqual(browser.phones(1), ["0312345678"])
+
+    def test_limits_change(self) -> None:
+        with Daemon() as daemon, daemon.browser("?since=") as browser:
+            browser.hello()
+            self.reload(daemon, "configuration reloaded", MAX_BROWSERS=1, PING_INTERVAL=1)
+            self.assertEqual(status_of(daemon.exchange(handshake())), 503)
+
+    def test_changed_port_needs_a_restart(self) -> None:
+        with Daemon() as daemon:
+            self.reload(daemon, "PORT has changed: that needs a restart", PORT=free_port())
+            self.assertEqual(daemon.trigger(), 200)
 
 
 # --- Load and faults ---------------------------------------------------------------------------
@@ -2714,6 +3014,10 @@ class Chromium(WebBrowser):
 
     names = CHROMIUM
 
+    def __init__(self, *flags: str) -> None:
+        super().__init__()
+        self.flags = flags
+
     def start(self) -> None:
         """Give the browser descriptors 3 (to read) and 4 (to write)."""
         its_input, self._output = os.pipe()
@@ -2728,7 +3032,7 @@ class Chromium(WebBrowser):
         self.launch(
             *"--headless=new --no-sandbox --disable-gpu --disable-background-networking".split(),
             *"--no-first-run --disable-component-update --disable-sync".split(),
-            *("--remote-debugging-pipe", f"--user-data-dir={self.profile}"),
+            *("--remote-debugging-pipe", f"--user-data-dir={self.profile}", *self.flags),
             stderr=subprocess.DEVNULL,
             preexec_fn=plumb,
             close_fds=False,
@@ -3070,6 +3374,7 @@ class BrowserTests(unittest.TestCase):
     browser_class: type[WebBrowser]
     browser: WebBrowser
     site: Site
+    stack: contextlib.ExitStack
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -3081,8 +3386,6 @@ class BrowserTests(unittest.TestCase):
     @classmethod
     def tearDownClass(cls) -> None:
         cls.stack.close()
-
-    stack: contextlib.ExitStack
 
     def open(self, url: str, before: str = "") -> Tab:
         tab = self.browser.open(url, before)
@@ -3535,7 +3838,7 @@ class TestChromium(BrowserTests):
             tab = self.open(self.site.page(daemon.port, body=body, **options))
             daemon.wait_for_log("browser connected")
             status_page = self.open_status_page(daemon, "ja")
-            status_page.resize(690, 340)  # so narrow, it shows no popup
+            status_page.resize(690, 360)  # so narrow, it shows no popup
             tab.activate()
             tab.resize(820, 360)
             tab.wait_for("!document.hidden")
@@ -3545,7 +3848,7 @@ class TestChromium(BrowserTests):
             self.rows(status_page, 2)
             for each, name, size in (
                 (tab, "popup", (820, 360)),
-                (status_page, "status", (690, 340)),
+                (status_page, "status", (690, 360)),
             ):
                 each.activate()
                 each.wait_for("!document.hidden")
@@ -3565,47 +3868,99 @@ class TestFirefox(BrowserTests):
 del BrowserTests  # unittest would run it by itself
 
 
-class TestReload(unittest.TestCase):
-    """SIGHUP."""
+# --- Other programs ----------------------------------------------------------------------------
 
-    def reload(self, daemon: Daemon, expected: str, **keys: object) -> None:
-        daemon.write_config(**keys)
-        daemon.process.send_signal(signal.SIGHUP)
-        daemon.wait_for_log(expected)
 
-    def test_browsers_stay_but_those_not_admitted_any_more(self) -> None:
-        with (
-            Daemon() as daemon,
-            daemon.browser() as stays,
-            daemon.browser(source="127.0.0.2") as goes,
-        ):
-            self.reload(
-                daemon, "configuration reloaded", CRMWS_ALLOW="127.0.0.1", SECRET_TOKEN="new"
-            )
-            self.assertEqual(goes.closed_with()[0], CloseCode.POLICY_VIOLATION)
-            daemon.wait_for_log("browser dropped: 127.0.0.2 is no longer in CRMWS_ALLOW")
-            self.assertEqual(daemon.trigger(), 401)
-            self.assertEqual(daemon.trigger(token="new"), 200)
-            self.assertEqual(stays.phones(1), ["0312345678"])
-            self.assertEqual(status_of(daemon.exchange(handshake(), source="127.0.0.2")), 403)
+def readme_blocks(language: str) -> list[str]:
+    """Return the README's code blocks in a language, of its Japanese half."""
+    text = (HERE / "README.md").read_text().partition("\n# English\n")[0]
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
-    def test_bad_file_changes_nothing(self) -> None:
+
+@needs("nginx", "openssl")
+class TestNginx(unittest.TestCase):
+    """The README's configuration in a real nginx, plain and TLS."""
+
+    CONFIG = """
+        daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log; user root;
+        events {{}}
+        http {{
+            access_log {folder}/access.log;
+            client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
+            fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
+            server {{
+                listen 127.0.0.1:{plain};
+                listen 127.0.0.1:{tls} ssl;
+                ssl_certificate {CERT_FILE};
+                ssl_certificate_key {KEY_FILE};
+                {block}
+            }}
+        }}
+    """
+
+    @contextlib.contextmanager
+    def nginx(
+        self, folder: str, daemon: Daemon, certificates: Certificates
+    ) -> Iterator[tuple[int, int]]:
+        """Run nginx with the README's block; yield its ports, plain and TLS."""
+        (block,) = readme_blocks("nginx")
+        plain, tls = free_port(), free_port()
+        config = Path(folder, "nginx.conf")
+        values = {"folder": folder, "plain": plain, "tls": tls, **certificates.make("nginx")}
+        block = block.replace("127.0.0.1:8989", f"127.0.0.1:{daemon.port}")
+        config.write_text(self.CONFIG.format(block=block, **values))
+        command = ["nginx", "-e", f"{folder}/error.log", "-p", folder, "-c", str(config)]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+            try:
+                deadline = time.monotonic() + TIMEOUT
+                while not Path(folder, "nginx.pid").exists() and time.monotonic() < deadline:
+                    select.select([], [], [], 0.02)
+                yield plain, tls
+            finally:
+                process.terminate()
+
+    def test_readme_configuration(self) -> None:
+        (trusted,) = (block for block in readme_blocks("ini") if "TRUSTED_PROXIES" in block)
+        key, _, value = trusted.strip().partition("=")
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            certificates = Certificates(folder)
+            # nginx connects from 127.0.0.1, which is not in the list itself.
+            self.assertEqual(key, "TRUSTED_PROXIES")
+            daemon = stack.enter_context(Daemon(TRUSTED_PROXIES=value, CRMWS_ALLOW="127.0.0.5"))
+            plain, tls = stack.enter_context(self.nginx(folder, daemon, certificates))
+            for port, context in ((plain, None), (tls, certificates.client())):
+                for source, status in (("127.0.0.5", 101), ("127.0.0.6", 403)):
+                    with self.subTest(port=port, source=source):
+                        sock = socket.create_connection(("127.0.0.1", port), TIMEOUT, (source, 0))
+                        if context is not None:
+                            sock = context.wrap_socket(sock, server_hostname="127.0.0.1")
+                        with sock:
+                            sock.sendall(handshake())
+                            answer = sock.recv(4096)
+                            self.assertEqual(status_of(answer), status)
+                            if status == 101:
+                                daemon.trigger()
+                                self.assertIn(b"0312345678", sock.recv(4096))
+            daemon.wait_for_log("browser connected: 127.0.0.5", 2)
+
+
+@needs("promtool")
+class TestPrometheus(unittest.TestCase):
+    """What Prometheus's own tool says of our metrics."""
+
+    def test_metrics_pass_its_check(self) -> None:
         with Daemon() as daemon, daemon.browser() as browser:
-            self.reload(daemon, "the old one stays in force", TRIGGER_ALLOW="nobody")
-            self.assertIn('"nobody", no IP address', "\n".join(daemon.lines))
-            self.assertEqual(daemon.trigger(), 200)
-            self.assertEqual(browser.phones(1), ["0312345678"])
-
-    def test_limits_change(self) -> None:
-        with Daemon() as daemon, daemon.browser("?since=") as browser:
-            browser.hello()
-            self.reload(daemon, "configuration reloaded", MAX_BROWSERS=1, PING_INTERVAL=1)
-            self.assertEqual(status_of(daemon.exchange(handshake())), 503)
-
-    def test_changed_port_needs_a_restart(self) -> None:
-        with Daemon() as daemon:
-            self.reload(daemon, "PORT has changed: that needs a restart", PORT=free_port())
-            self.assertEqual(daemon.trigger(), 200)
+            daemon.trigger()
+            daemon.trigger(token="wrong")
+            browser.sock.sendall(b"\x81\x01a")
+            daemon.wait_for_log("browser dropped")
+            answer = daemon.exchange(b"GET /metrics HTTP/1.1\r\nHost: h\r\n\r\n")
+        done = subprocess.run(
+            ["promtool", "check", "metrics"],
+            input=answer.partition(b"\r\n\r\n")[2],
+            capture_output=True,
+        )
+        self.assertEqual((done.returncode, done.stdout + done.stderr), (0, b""))
 
 
 # --- The files ---------------------------------------------------------------------------------
@@ -3620,6 +3975,29 @@ class TestFiles(unittest.TestCase):
 
         self.assertEqual(sections(Path(__file__)), sections(PROGRAM))
 
+    def test_readme_says_the_same_in_both_languages(self) -> None:
+        halves = (HERE / "README.md").read_text().split("\n# English\n")
+        self.assertEqual(len(halves), 2)
+        shapes = []
+        for half in halves:
+            blocks = re.findall(r"^```.*?^```$", half, re.MULTILINE | re.DOTALL)
+            text = re.sub(r"^```.*?^```$", "", half, flags=re.MULTILINE | re.DOTALL)
+            headings = len(re.findall(r"^## ", text, re.MULTILINE))
+            rows = len(re.findall(r"^\|", text, re.MULTILINE))
+            shapes.append((blocks, headings, rows))
+        self.assertEqual(*shapes)
+
+    def test_readme_names_every_key_and_default(self) -> None:
+        for half in (HERE / "README.md").read_text().split("\n# English\n"):
+            for key in popup_notifier.KEYS:
+                names = f"`{key.name}`" + (f" (`{key.alias}`)" if key.alias else "")
+                default = f"`{key.default}`" if key.default else ""
+                row = rf"^\| {re.escape(names)} \| {re.escape(default)} ?\| [^|]+ \| `(\w+)` \|$"
+                matched = re.search(row, half, re.MULTILINE)
+                self.assertTrue(matched, names)
+                when = "restart" if key.needs_restart else "reload"
+                self.assertEqual(matched and matched[1], when, key.name)
+
     def test_functions_fit_on_a_screen(self) -> None:
         for node in ast.walk(ast.parse(PROGRAM.read_text())):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -3628,8 +4006,8 @@ class TestFiles(unittest.TestCase):
 
     def test_sample_configuration_runs_as_it_stands(self) -> None:
         text = (HERE / "popup-notifier.conf").read_text()
-        config, warnings = parse_config(text.encode(), "popup-notifier.conf")
-        self.assertEqual(warnings, [])
+        config, oddities = parse_config(text.encode(), "popup-notifier.conf")
+        self.assertEqual(oddities, [])
         self.assertTrue(config.trigger_allow.allows(ip_address("127.0.0.1")))
         self.assertTrue(config.crmws_allow.allows(ip_address("127.0.0.1")))
         self.assertEqual((config.port, config.secret_token), (8989, "mytoken"))
