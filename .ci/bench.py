@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Measure the daemon against the floor: what the kernel takes to write to every browser.
 
-    python3 .ci/bench.py [--quick] [--floor-none] [--only NAME ...] [table | extens | soak]
+    python3 .ci/bench.py [--quick] [--floor-none] [--only NAME ...] [table | extens | tls | soak]
 
     table   speed, memory and threads at 1,000 and 10,000 browsers (4 minutes; --quick: 1)
     extens  10,000 browsers with an extension each: what a call to one of them costs (1 minute)
+    tls     a delivery over TLS against one in the clear (half a minute; needs openssl)
     soak    200,000 calls, 20,000 connects and disconnects: what is left of them (2 minutes)
 
 `floor.c` is a bare send() loop, `swarm.c` plays the browsers and the PBX; both are compiled into
@@ -22,6 +23,7 @@ import os
 import platform
 import resource
 import socket
+import ssl
 import statistics
 import subprocess
 import sys
@@ -38,6 +40,7 @@ PROGRAM = HERE.parent / "popup_notifier.py"
 FEW, MANY, MOST = 100, 1_000, 10_000  # browsers
 CONCURRENCY = 10  # triggers in flight during a burst
 IDLE_CPU = 0.001  # seconds of CPU in a fifth of a second: nothing is being delivered any more
+TLS_FACTOR = 3.0  # a delivery over TLS may cost so much of one in the clear: it encrypts each
 EXTENS_GROWTH = 2.0  # what a call to one extension may cost more among ten times the browsers
 START_TIMEOUT = 10.0  # seconds until a server listens, and until it has ended
 FILES_NEEDED = MOST + 500
@@ -390,9 +393,47 @@ def extens(bench: Bench, options: Options) -> bool:
     return is_met
 
 
-def subscribe(port: int, number: int) -> socket.socket:
+def tls(bench: Bench, options: Options) -> bool:
+    """Print what a delivery costs over TLS and in the clear."""
+    key, cert = bench.folder / "key.pem", bench.folder / "cert.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=bench".split()
+    subprocess.run(
+        [*command, "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True
+    )
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    port = free_port()
+    keys = {"CLIENT_PORT": str(port), "USE_SSL": "yes"}
+    costs = []
+    for secure in (None, context):
+        with contextlib.ExitStack() as stack:
+            paths = {"CERT_FILE": str(cert), "KEY_FILE": str(key)}
+            server = stack.enter_context(bench.daemon(**keys, **paths))
+            for number in range(MANY):
+                where = server.port if secure is None else port
+                stack.enter_context(subscribe(where, number, secure))
+            cost = cpu_per_call(server, "all", 5 if options.quick else 20)
+            costs.append(cost / MANY * 1e3)
+    ratio = costs[1] / costs[0]
+    print_head("browsers", "in the clear", "over TLS", "ratio", "must", "verdict")
+    is_met = ratio <= TLS_FACTOR
+    must = f"<= {TLS_FACTOR:g}x"
+    print_row(
+        f"{MANY:,}",
+        show(costs[0], "µs"),
+        show(costs[1], "µs"),
+        f"{ratio:.2f}x",
+        must,
+        verdict(is_met),
+    )
+    return is_met
+
+
+def subscribe(port: int, number: int, context: ssl.SSLContext | None = None) -> socket.socket:
     """Return a browser that asked for one extension, its handshake done."""
     sock = socket.create_connection(("127.0.0.1", port), START_TIMEOUT)
+    if context is not None:
+        sock = context.wrap_socket(sock)
     sock.sendall(
         f"GET /crmws?exten={number} HTTP/1.1\r\nHost: bench\r\nUpgrade: websocket\r\n"
         "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
@@ -424,7 +465,7 @@ def cpu_per_call(server: Server, exten: str, calls: int) -> float:
     return (spent - before) / calls * 1e3
 
 
-SCENARIOS = {"table": table, "extens": extens, "soak": soak}
+SCENARIOS = {"table": table, "extens": extens, "tls": tls, "soak": soak}
 
 
 def parse_args() -> tuple[str, Options]:
