@@ -21,7 +21,6 @@
   if (window.PopupNotifier) return; // the page loads this script twice
 
   // --- 1. Options -----------------------------------------------------------
-
   const FIRST_DELAY = 2000;      // ms: a new attempt comes at a random moment up to this; it doubles
   const LONGEST_DELAY = 30000;   // ms
   const GOOD_CONNECTION = 10000; // ms: after one that held so long the delay is short again
@@ -45,12 +44,10 @@
     403: ['The PBX refuses this address (403)', 'このアドレスからの接続は許可されていません (403)'],
     426: ['WebSocket does not pass (proxy?)', 'WebSocket が通りません (逆プロキシの設定?)'],
   };
-
   const script = document.currentScript;
   const language = () => document.documentElement.lang || navigator.language;
   const say = (key) => WORDS[key][/^ja\b/i.test(language()) ? 1 : 0];
   const splitList = (text = '') => text.toLowerCase().split(/[\s,]+/).filter(Boolean);
-
   function socketAddress({ url = '/crmws', exten, token }) {
     const address = new URL(url, script.src);
     address.protocol = address.protocol.replace('http', 'ws');
@@ -60,7 +57,6 @@
   }
 
   // --- 2. Connection --------------------------------------------------------
-
   // Keeps one WebSocket open, until the function that it returns is called.
   function keepConnected(address, receive, report) {
     let socket, timer, notice, heardAt, openedAt;
@@ -77,9 +73,7 @@
       address.searchParams.set('since', position);
       try {
         socket = Object.assign(new WebSocket(address.href), { onopen, onmessage, onclose });
-      } catch (error) {
-        onclose(); // ws: from an https page
-      }
+      } catch (error) { onclose(); } // ws: from an https page
     }
     // A dead connection may take minutes to close: nobody waits for it, or hears it again.
     function drop() {
@@ -152,7 +146,6 @@
   }
 
   // --- 3. Dispatch ----------------------------------------------------------
-
   function connect(given) {
     const options = Object.assign({ onCall() {}, onStatus() {} }, script.dataset, given);
     const mine = splitList(options.exten);
@@ -197,24 +190,30 @@
     };
   }
 
-  // Of several tabs one shows the call. The visible one waits least; if two write at the same time, both
-  // read the same winner a little later. (Web Locks would do it, but are missing on plain http pages.)
+  // Of several tabs one shows the call; the visible one waits least. Plain http pages have no Web Locks:
+  // there, if two write at the same time, both read the same winner a little later.
   async function claim({ id, phone, exten }) {
     const sleep = (ms) => new Promise((resolve) => { setTimeout(resolve, ms); });
     const age = (key) => Date.now() - parseInt(localStorage.getItem(key), 10);
     const mine = `popup-notifier ${id || `${phone} ${exten}`}`;
-    const value = `${Date.now()} ${Math.random()}`;
+    const life = id ? CLAIM_LIFE : REPEAT;
     await sleep((document.hidden ? 300 : 0) + (document.hasFocus() ? 0 : 100 * Math.random()));
-    if (age(mine) < (id ? CLAIM_LIFE : REPEAT)) return false;
+    if (navigator.locks) {
+      return new Promise((resolve, reject) => {
+        const keep = (lock) => { resolve(Boolean(lock)); return lock && sleep(life); };
+        navigator.locks.request(mine, { ifAvailable: true }, keep).catch(reject);
+      });
+    }
+    if (age(mine) < life) return false;
     const old = Object.keys(localStorage).filter((key) => /^popup-notifier /.test(key) && age(key) > CLAIM_LIFE);
     old.forEach((key) => localStorage.removeItem(key));
+    const value = `${Date.now()} ${Math.random()}`;
     localStorage.setItem(mine, value);
     await sleep(60);
     return localStorage.getItem(mine) === value;
   }
 
   // --- 4. Toast -------------------------------------------------------------
-
   const STYLE = `
     :host { all: initial !important }
     section { position: fixed; right: 0; bottom: 0; z-index: 2147483647; width: min(380px, 100vw); max-height: 100vh;
@@ -234,7 +233,6 @@
   const stack = root.appendChild(element('section', {}));
   const toasts = () => [...stack.children];
   const toastsOf = (uniqueid) => toasts().filter((toast) => uniqueid && toast.uniqueid === uniqueid);
-
   root.adoptedStyleSheets = [new CSSStyleSheet()]; // which no Content-Security-Policy of the page stops
   root.adoptedStyleSheets[0].replaceSync(STYLE);
   document.documentElement.append(host);

@@ -878,7 +878,6 @@ PING = serialize_frame(Opcode.PING, b"")
 
 
 ALL = "all"
-ALIVE = serialize_frame(Opcode.TEXT, b'{"type": "ALIVE"}')
 ID_PATTERN = re.compile(r"([0-9]{1,15})-([0-9]{1,9})")
 
 
@@ -1592,6 +1591,13 @@ class Hub:
 
     def _ping(self) -> None:
         """Ping those whose turn it is; who was silent for two intervals is gone."""
+        if not self._pings or next(iter(self._pings)).next_ping > self._now:
+            return
+        with self._lock:
+            if self._calls:
+                return  # they go first, for ALIVE says that all calls up to its ID have been sent
+            position = self._ids.last
+        alive = serialize_frame(Opcode.TEXT, f'{{"type": "ALIVE", "id": "{position}"}}'.encode())
         while self._pings:
             subscriber = next(iter(self._pings))
             if subscriber.next_ping > self._now:
@@ -1603,7 +1609,7 @@ class Hub:
                 continue
             subscriber.next_ping = self._now + self._ping_interval
             self._pings.move_to_end(subscriber)
-            self._write(subscriber, PING if subscriber.since is None else ALIVE + PING)
+            self._write(subscriber, PING if subscriber.since is None else alive + PING)
 
     def _evict(self, subscriber: Subscriber) -> None:
         """Give up on a browser that does not keep up; it can come back."""

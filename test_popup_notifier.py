@@ -1227,9 +1227,24 @@ class TestRecovery(unittest.TestCase):
         with Daemon(PING_INTERVAL=1) as daemon:
             with daemon.browser("?since=") as one, daemon.browser() as other:
                 one.hello()
-                self.assertEqual(one.frame(), (Opcode.TEXT, b'{"type": "ALIVE"}'))
+                self.assertEqual(json.loads(one.frame()[1])["type"], "ALIVE")
                 self.assertEqual(one.frame()[0], Opcode.PING)
                 self.assertEqual(other.frame()[0], Opcode.PING)
+
+    def test_alive_moves_the_position_of_who_hears_little(self) -> None:
+        with Daemon(PING_INTERVAL=1, HISTORY=0) as daemon:
+            with daemon.browser("?since=&exten=201") as browser:
+                first = browser.hello()
+                for _ in range(3):
+                    daemon.trigger("&exten=202")
+                alive: dict[str, Any] = first
+                while alive["id"] == first["id"]:
+                    opcode, payload = browser.frame()
+                    if opcode == Opcode.TEXT:
+                        alive = json.loads(payload)
+            for position, is_complete in ((first["id"], False), (alive["id"], True)):
+                with daemon.browser(f"?since={position}&exten=201") as browser:
+                    self.assertIs(browser.hello()["complete"], is_complete)
 
     def test_reconnecting_all_the_time_loses_and_repeats_nothing(self) -> None:
         total = 1500
@@ -3583,7 +3598,7 @@ class BrowserTests(unittest.TestCase):
         for tab in tabs:
             tab.wait_for(f"calls.length === {calls}")
             # Set now, this timer comes behind all those that the calls have set.
-            tab.evaluate("new Promise((done) => setTimeout(done, 600))")
+            tab.evaluate("new Promise((done) => setTimeout(done, 2000))")
         return sum(tab.evaluate(f"{TOASTS}.length") for tab in tabs)
 
     def test_notifications_denied_and_popups_blocked(self) -> None:
