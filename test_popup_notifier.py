@@ -22,6 +22,7 @@ import re
 import resource
 import select
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -3996,29 +3997,6 @@ class TestFiles(unittest.TestCase):
 
         self.assertEqual(sections(Path(__file__)), sections(PROGRAM))
 
-    def test_readme_says_the_same_in_both_languages(self) -> None:
-        halves = (HERE / "README.md").read_text().split("\n# English\n")
-        self.assertEqual(len(halves), 2)
-        shapes = []
-        for half in halves:
-            blocks = re.findall(r"^```.*?^```$", half, re.MULTILINE | re.DOTALL)
-            text = re.sub(r"^```.*?^```$", "", half, flags=re.MULTILINE | re.DOTALL)
-            headings = len(re.findall(r"^## ", text, re.MULTILINE))
-            rows = len(re.findall(r"^\|", text, re.MULTILINE))
-            shapes.append((blocks, headings, rows))
-        self.assertEqual(*shapes)
-
-    def test_readme_names_every_key_and_default(self) -> None:
-        for half in (HERE / "README.md").read_text().split("\n# English\n"):
-            for key in popup_notifier.KEYS:
-                names = f"`{key.name}`" + (f" (`{key.alias}`)" if key.alias else "")
-                default = f"`{key.default}`" if key.default else ""
-                row = rf"^\| {re.escape(names)} \| {re.escape(default)} ?\| [^|]+ \| `(\w+)` \|$"
-                matched = re.search(row, half, re.MULTILINE)
-                self.assertTrue(matched, names)
-                when = "restart" if key.needs_restart else "reload"
-                self.assertEqual(matched and matched[1], when, key.name)
-
     def test_functions_fit_on_a_screen(self) -> None:
         for node in ast.walk(ast.parse(PROGRAM.read_text())):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -4044,6 +4022,120 @@ class TestFiles(unittest.TestCase):
                     self.assertEqual(matched[1], key.default)
                 elif matched[1]:
                     key.parse(matched[1])
+
+
+def readme_halves() -> list[str]:
+    """Return the README's halves, Japanese and English."""
+    return (HERE / "README.md").read_text().split("\n# English\n")
+
+
+class TestReadme(unittest.TestCase):
+    """What the README promises, in both languages."""
+
+    BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+    # Commands that need more than an account, and the lab that runs them.
+    RUN_BY = (
+        (r"useradd |install -|systemctl |journalctl |popup-notifier --check", ".ci/systemd"),
+        (r"asterisk -r|\(umask 027; |chgrp asterisk ", ".ci/asterisk"),
+    )
+
+    def test_both_languages_say_the_same(self) -> None:
+        halves = readme_halves()
+        self.assertEqual(len(halves), 2)
+        shapes = []
+        for half in halves:
+            text = self.BLOCK.sub("", half)
+            # Headings, tables, lists, steps and pictures, in their order.
+            marks = re.findall(r"^(##+ |\| |- |[0-9]+\. |\*\*[0-9]\. |!\[)", text, re.MULTILINE)
+            pictures = re.findall(r"^!\[.*\]\((.*)\)$", text, re.MULTILINE)
+            shapes.append((self.BLOCK.findall(half), marks, pictures))
+        for japanese, english in zip(*shapes):
+            self.assertEqual(japanese, english)
+        for picture in shapes[0][2]:
+            self.assertTrue((HERE / picture).is_file(), picture)
+
+    def test_links_within_it_lead_somewhere(self) -> None:
+        text = self.BLOCK.sub("", (HERE / "README.md").read_text())
+        names: collections.Counter[str] = collections.Counter()
+        anchors = set()
+        for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
+            # As GitHub makes them: the second of a name gets -1.
+            name = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+            anchors.add(f"{name}-{names[name]}" if names[name] else name)
+            names[name] += 1
+        self.assertLessEqual(set(re.findall(r"\]\(#([^)]+)\)", text)), anchors)
+
+    def test_every_key_and_default(self) -> None:
+        for half in readme_halves():
+            for key in popup_notifier.KEYS:
+                names = f"`{key.name}`" + (f" (`{key.alias}`)" if key.alias else "")
+                default = f"`{key.default}`" if key.default else ""
+                row = rf"^\| {re.escape(names)} \| {re.escape(default)} ?\| [^|]+ \| "
+                row += r"`(\S+)` \| `(\w+)` \|$"
+                matched = re.search(row, half, re.MULTILINE)
+                assert matched is not None, names
+                key.parse(matched[1])
+                self.assertEqual(matched[2], "restart" if key.needs_restart else "reload", names)
+
+    def test_every_attribute_of_the_script(self) -> None:
+        script = (HERE / "popup-sample.js").read_text()
+        attributes = set(re.findall(r"^ \* (data-\w+)", script, re.MULTILINE))
+        for half in readme_halves():
+            self.assertEqual(set(re.findall(r"^\| `(data-\w+)`", half, re.MULTILINE)), attributes)
+
+    def test_configuration_can_be_used(self) -> None:
+        for block in readme_blocks("ini"):
+            if not block.startswith(";"):  # those are Asterisk's
+                parse_config(b"SECRET_TOKEN=x\nCLIENT_PORT=8443\n" + block.encode(), "README.md")
+
+    @needs("curl", "openssl")
+    def test_commands(self) -> None:
+        port = str(free_port())
+        commands = "".join(readme_blocks("sh")).replace("\\\n", "").splitlines()
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            for path in HERE.glob("popup*"):
+                shutil.copy(path, folder)
+            shutil.copy(__file__, folder)
+            config = Path(folder, "popup-notifier.conf")
+            config.write_text(config.read_text().replace("8989", port))
+            for command in commands:
+                with self.subTest(command):
+                    self.run_command(command.replace("8989", port), Path(folder), stack)
+            popup_notifier.make_tls_context(
+                Path(folder, "fullchain.pem"), Path(folder, "privkey.pem")
+            )
+
+    def run_command(self, command: str, folder: Path, stack: contextlib.ExitStack) -> None:
+        """Run a command of the README, or see that it is another's to run."""
+        lab = [lab for pattern, lab in self.RUN_BY if re.match(pattern, command)]
+        lab += re.findall(r"^(?:bash|python3) (\.ci/\w+(?:\.py)?)", command)
+        if lab:
+            self.assertTrue((HERE / lab[0]).is_file(), lab)
+            return
+        words = shlex.split(command)
+        if words[0] == "python3":
+            words[0] = sys.executable
+        if command == "python3 test_popup_notifier.py":
+            words.append("TestAccessList")  # all of them are what runs here
+        process = subprocess.Popen(
+            words,
+            cwd=folder,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "XDG_STATE_HOME": str(folder)},
+        )
+        assert process.stdout is not None
+        if "--config" in words:
+            stack.enter_context(process)
+            stack.callback(process.terminate)
+            self.assertTrue(any("listens on" in line for line in process.stdout))
+            return
+        output = process.communicate(timeout=TIMEOUT)[0]
+        self.assertEqual(process.returncode, 0, output)
+        if words[0] == "curl":
+            self.assertIn("OK", output)
 
 
 if __name__ == "__main__":
