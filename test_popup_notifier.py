@@ -234,7 +234,7 @@ class Daemon:
         sock = self.connect(**options)
         try:
             return Browser(sock, "/crmws" + query)
-        except BaseException:
+        except (OSError, EOFError, AssertionError):
             sock.close()
             raise
 
