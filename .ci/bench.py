@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Measure the daemon against the floor: what the kernel takes to write to every browser.
 
-    python3 .ci/bench.py [--quick] [--floor-none] [--only NAME ...] [table | extens | tls | soak]
+    python3 .ci/bench.py [--quick] [--floor-none] [--only NAME ...] [SCENARIO]
 
+    all     all of these
     table   speed, memory and threads at 1,000 and 10,000 browsers (4 minutes; --quick: 1)
     extens  10,000 browsers with an extension each: what a call to one of them costs (1 minute)
     tls     a delivery over TLS against one in the clear (half a minute; needs openssl)
@@ -465,7 +466,13 @@ def cpu_per_call(server: Server, exten: str, calls: int) -> float:
     return (spent - before) / calls * 1e3
 
 
-SCENARIOS = {"table": table, "extens": extens, "tls": tls, "soak": soak}
+def everything(bench: Bench, options: Options) -> bool:
+    """Print all tables, one after the other."""
+    verdicts = [scenario(bench, options) for scenario in (table, extens, tls, soak)]
+    return all(verdicts)
+
+
+SCENARIOS = {"table": table, "extens": extens, "tls": tls, "soak": soak, "all": everything}
 
 
 def parse_args() -> tuple[str, Options]:
