@@ -316,6 +316,10 @@ class TestDialplan(unittest.TestCase):
         self.browser = self.enterContext(self.daemon.browser())
 
     def tearDown(self) -> None:
+        self.wait_for_the_end_of_calls()
+
+    def wait_for_the_end_of_calls(self) -> None:
+        """Return when no channel is left; their records are written by then."""
         for _ in range(100):
             if "\n0 active channels" in "\n" + self.cli("core show channels count"):
                 break
@@ -355,6 +359,7 @@ class TestDialplan(unittest.TestCase):
         self.assertEqual(seen, [(CALLER, "all", "ring"), (CALLER, "202", "answer")])
         self.assertEqual(len(self.uniqueids), 1, self.uniqueids)
         self.assertEqual(self.complaints(), "")
+        self.wait_for_the_end_of_calls()
         records = (ROOT / "var/log/asterisk/cdr-csv/Master.csv").read_text()
         self.assertIn(f'"{CALLER}"', records)
         self.assertNotIn("popup-post", records)  # what sends is no call
