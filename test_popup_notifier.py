@@ -1909,7 +1909,8 @@ class Certificates:
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
-        subject = ("-subj", "/CN=popup-notifier test CA")
+        # Python 3.13 insists on the key usage, and on the authority's key identifier below.
+        subject = ("-subj", "/CN=popup-notifier test CA", "-addext", "keyUsage=keyCertSign")
         self.openssl(
             "req", "-x509", *self.new_key("ca.key"), *subject, "-out", self.path("ca.pem")
         )
@@ -1927,7 +1928,8 @@ class Certificates:
     def make(self, name: str, days: int = 2) -> dict[str, str]:
         """Make a certificate; return the configuration that uses it."""
         request, extensions = self.path(f"{name}.csr"), self.path("extensions")
-        Path(extensions).write_text("subjectAltName=IP:127.0.0.1,DNS:localhost")
+        names = "subjectAltName=IP:127.0.0.1,DNS:localhost"
+        Path(extensions).write_text(f"{names}\nauthorityKeyIdentifier=keyid\n")
         self.openssl("req", *self.new_key(f"{name}.key"), "-subj", f"/CN={name}", "-out", request)
         self.openssl(
             *("x509", "-req", "-in", request, "-CA", self.path("ca.pem")),
