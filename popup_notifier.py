@@ -12,6 +12,7 @@ Read it from top to bottom:
     4. Hub             Call, Backlog, Subscriber, Hub
     5. HTTP            RFC 9112: parse_head, check_parameters, Server, RequestHandler
     6. TLS             make_tls_context
+    7. Redis           RESP, Cursor, SharedHub, Relay
     8. systemd         ServiceManager
     9. Command line    log, limits, signals, main
 
@@ -45,6 +46,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import resource
 import selectors
@@ -62,7 +64,7 @@ from functools import lru_cache, partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Union
-from urllib.parse import unquote_to_bytes
+from urllib.parse import parse_qsl, unquote, unquote_to_bytes, urlsplit
 
 VERSION = "1.0.0"
 STATUS_INTERVAL = 10.0  # seconds between two status lines to systemd
@@ -187,6 +189,7 @@ class Config(NamedTuple):
     crmws_origins: Origins
     crmws_token: str | None
     trusted_proxies: AccessList
+    redis_url: RedisURL | None
 
 
 class Key(NamedTuple):
@@ -268,6 +271,57 @@ def parse_origin(text: str) -> str:
     return plain_origin(text)
 
 
+class RedisURL(NamedTuple):
+    """Where Redis is, and as whom we speak to it."""
+
+    address: str | tuple[str, int]  # the path of a Unix socket, or host and port
+    is_tls: bool
+    login: tuple[str, ...]  # the password, or user and password, or nothing
+    database: int
+    stream: str  # the key that holds our stream
+
+    def __str__(self) -> str:
+        if isinstance(self.address, str):
+            return self.address
+        host, port = self.address
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def parse_redis_url(text: str) -> RedisURL:
+    """Return what redis://[user:password@]host:port/db, rediss:// or unix:///path?db=0 means."""
+    scheme = text.partition("://")[0].lower()
+    if scheme not in ("redis", "rediss", "unix"):
+        raise ValueError("does not begin with redis://, rediss:// or unix:///")
+    try:
+        url = urlsplit(text)
+        options = dict(
+            parse_qsl(url.query, keep_blank_values=True, strict_parsing=bool(url.query))
+        )
+        host, port = url.hostname or "", url.port or 6379
+    except ValueError:
+        hint = "signs such as / ? # @ : in a password are written in percent form"
+        raise ValueError(f"is not a URL that can be read: {hint}") from None
+    if scheme == "unix" and (host or not url.path.startswith("/")):
+        raise ValueError("is not unix:///path/of/the/socket")
+    if scheme != "unix" and not host:
+        raise ValueError("names no host")
+    database = options.pop("db", "") if scheme == "unix" else url.path.strip("/")
+    stream = options.pop("stream", "popup-notifier")
+    if not re.fullmatch(r"[0-9]{0,4}", database):
+        raise ValueError("does not end with the number of a database, such as /0")
+    if options or url.fragment or not stream:
+        raise ValueError("asks for something unknown behind ? or #; stream=NAME may stand there")
+    if url.username and not url.password:
+        raise ValueError("names a user without a password")
+    return RedisURL(
+        unquote(url.path) if scheme == "unix" else (host, port),
+        scheme == "rediss",
+        tuple(unquote(each) for each in (url.username, url.password) if each),
+        int(database or 0),
+        stream,
+    )
+
+
 def parse_network(text: str) -> IPNetwork:
     """Return one address or network; the error offers what was probably meant."""
     try:
@@ -311,6 +365,7 @@ KEYS = (
     Key("CRMWS_ORIGINS", "", parse_origins),
     Key("CRMWS_TOKEN", "", parse_optional(parse_token), is_secret=True),
     Key("TRUSTED_PROXIES", "", parse_networks),
+    Key("REDIS_URL", "", parse_optional(parse_redis_url), is_secret=True, needs_restart=True),
 )
 SAMPLE_TOKEN = "mytoken"  # the one that everybody can read in the sample
 KEY_BY_NAME = {name: key for key in KEYS for name in (key.name, key.alias) if name}
@@ -878,7 +933,7 @@ PING = serialize_frame(Opcode.PING, b"")
 
 
 ALL = "all"
-ID_PATTERN = re.compile(r"([0-9]{1,15})-([0-9]{1,9})")
+ID_PATTERN = re.compile(r"([0-9]{1,15})-([0-9]{1,400})")
 
 
 class CallID(NamedTuple):
@@ -951,6 +1006,10 @@ class Call(NamedTuple):
     extens: frozenset[str]  # who is told: in lower case; "all" is everybody
     payload: bytes  # the message
     frame: bytes  # the same as it is sent
+    # Of calls that several daemons share, see section 7.
+    mark: Mark | None = None
+    position: CallID | None = None
+    is_late: bool = False
 
     def replay_frame(self) -> bytes:
         """Return the frame for a browser that missed the call."""
@@ -978,6 +1037,11 @@ def make_call(
     return Call(call_id, parameters, source, time.monotonic(), extens, payload, frame)
 
 
+def serialize_alive(position: CallID) -> bytes:
+    """Return the frame that says: all calls up to there have been sent."""
+    return serialize_frame(Opcode.TEXT, f'{{"type": "ALIVE", "id": "{position}"}}'.encode())
+
+
 class History:
     """The calls of the last seconds, for browsers that lost their connection meanwhile."""
 
@@ -993,6 +1057,14 @@ class History:
         """Remember a call, and forget the old ones."""
         self._calls.append(call)
         self._forget()
+        self.note(call)
+
+    def begin_at(self, position: CallID) -> None:
+        """Take note that nothing is known of what came up to there."""
+        self._forgotten = position
+
+    def note(self, call: Call) -> None:
+        """Remember who was told of a call."""
         unique = call.parameters.get("uniqueid")
         if unique:
             self._told[unique] = call.extens | self._told.pop(unique, frozenset())
@@ -1111,6 +1183,7 @@ class Subscriber:
         "address",
         "backlog",
         "calls_before",
+        "cursor",
         "deadline",
         "extens",
         "is_gone",
@@ -1123,6 +1196,8 @@ class Subscriber:
         "send",
         "since",
         "sock",
+        "travels_until",
+        "unsure",
     )
 
     def __init__(
@@ -1141,6 +1216,9 @@ class Subscriber:
         self.leftover = leftover  # what came behind the handshake
         self.calls_before = 0  # waiting calls that came before this browser
         self.missed: list[Call] = []  # calls since `since`
+        self.cursor: Cursor | None = None  # of a traveller, see section 7
+        self.travels_until = 0.0  # monotonic seconds
+        self.unsure: set[int] = set()  # nodes whose early calls it may have heard elsewhere
         self.max_backlog = MAX_BACKLOG
         self.protocol = WebSocketProtocol()
         self.backlog: Backlog | None = None  # None: all was sent
@@ -1159,17 +1237,21 @@ class Audience:
 
     def __init__(self) -> None:
         self.unfiltered: dict[Subscriber, None] = {}  # want every call
+        self.travellers: dict[Subscriber, None] = {}  # heard other calls than the rest did
         self._filtered: dict[Subscriber, None] = {}
         self._by_exten: dict[str, dict[Subscriber, None]] = {}
 
     def __len__(self) -> int:
-        return len(self.unfiltered) + len(self._filtered)
+        return len(self.unfiltered) + len(self._filtered) + len(self.travellers)
 
     def __iter__(self) -> Iterator[Subscriber]:
-        return itertools.chain(self.unfiltered, self._filtered)
+        return itertools.chain(self.unfiltered, self._filtered, self.travellers)
 
     def add(self, subscriber: Subscriber) -> None:
         """Take a browser in."""
+        if subscriber.cursor is not None:
+            self.travellers[subscriber] = None
+            return
         (self._filtered if subscriber.extens else self.unfiltered)[subscriber] = None
         for exten in subscriber.extens:
             self._by_exten.setdefault(exten, {})[subscriber] = None
@@ -1177,6 +1259,7 @@ class Audience:
     def discard(self, subscriber: Subscriber) -> None:
         """Let a browser go, if it is here."""
         self.unfiltered.pop(subscriber, None)
+        self.travellers.pop(subscriber, None)
         if self._filtered.pop(subscriber, self) is self:
             return
         for exten in subscriber.extens:
@@ -1307,8 +1390,10 @@ class Hub:
         if self._arrivals:
             self._waker.wake()
 
-    def broadcast(self, parameters: Mapping[str, str], source: str) -> None:
-        """Queue a call for every browser here now."""
+    def broadcast(
+        self, parameters: Mapping[str, str], source: str, answer: Callable[[], None]
+    ) -> None:
+        """Queue a call for every browser here now; `answer` is called once it is on its way."""
         with self._lock:
             extens = self._history.audience_of(parameters)
             call = make_call(self._ids.next(), parameters, source, extens)
@@ -1317,6 +1402,11 @@ class Hub:
             is_first = len(self._calls) == 1
         if is_first:
             self._waker.wake()
+        answer()
+
+    def relay_status(self) -> RelayStatus | None:
+        """Return how Redis is; None when this daemon is on its own."""
+        return None
 
     def reconfigure(self, config: Config, max_browsers: int) -> None:
         """Take over a new configuration; browsers that it does not admit are closed with 1008."""
@@ -1351,16 +1441,25 @@ class Hub:
         """Note what a browser missed; return its HELLO. Under the lock: no gap, nothing twice."""
         is_complete = True
         if isinstance(since, CallID):
-            missed, is_complete = self._history.since(since)
-            subscriber.missed = [call for call in missed if subscriber.wants(call)]
+            is_complete = self._look_back(subscriber, since)
         hello = {
             "type": "HELLO",
-            "id": str(self._ids.last),
+            "id": str(self._last_id()),
             "complete": is_complete,
             "interval": self._ping_interval,
             "time": int(time.time() * 1000),
         }
         return serialize_frame(Opcode.TEXT, json.dumps(hello).encode("ascii"))
+
+    def _look_back(self, subscriber: Subscriber, since: CallID) -> bool:
+        """Note what a browser missed; tell whether that is all."""
+        missed, is_complete = self._history.since(since)
+        subscriber.missed = [call for call in missed if subscriber.wants(call)]
+        return is_complete
+
+    def _last_id(self) -> CallID:
+        """Return the position of a browser that has heard all."""
+        return self._ids.last
 
     # The I/O thread's.
 
@@ -1453,8 +1552,7 @@ class Hub:
             arrivals, self._arrivals = self._arrivals, []
         counts = self._deliver(calls) if calls else []
         for subscriber in arrivals:
-            later = [call for call in calls[subscriber.calls_before :] if subscriber.wants(call)]
-            self._admit(subscriber, later)
+            self._admit(subscriber, calls[subscriber.calls_before :])
         if arrivals:
             self._make_room()
             self._log_arrivals(arrivals)
@@ -1493,12 +1591,16 @@ class Hub:
         subscriber.missed = []
         # It may be long: the bound is for what comes on top.
         subscriber.max_backlog += len(frames)
-        frames += b"".join([call.frame for call in calls])
+        frames += self._share_of(subscriber, calls)
         if frames:
             self._write(subscriber, frames)
         if subscriber.leftover and not subscriber.is_gone:
             self._digest(subscriber, subscriber.leftover)
         subscriber.leftover = b""
+
+    def _share_of(self, subscriber: Subscriber, calls: list[Call]) -> bytes:
+        """Return the frames of those calls that are for one browser."""
+        return b"".join([call.frame for call in calls if subscriber.wants(call)])
 
     def _write(self, subscriber: Subscriber, frames: bytes) -> None:
         """Send whole frames, or let wait what the socket does not take."""
@@ -1596,8 +1698,7 @@ class Hub:
         with self._lock:
             if self._calls:
                 return  # they go first, for ALIVE says that all calls up to its ID have been sent
-            position = self._ids.last
-        alive = serialize_frame(Opcode.TEXT, f'{{"type": "ALIVE", "id": "{position}"}}'.encode())
+            alive = serialize_alive(self._last_id())
         while self._pings:
             subscriber = next(iter(self._pings))
             if subscriber.next_ping > self._now:
@@ -1609,7 +1710,10 @@ class Hub:
                 continue
             subscriber.next_ping = self._now + self._ping_interval
             self._pings.move_to_end(subscriber)
-            self._write(subscriber, PING if subscriber.since is None else alive + PING)
+            frames = PING if subscriber.since is None else alive + PING
+            if subscriber.cursor is not None:
+                frames = serialize_alive(subscriber.cursor.id) + PING
+            self._write(subscriber, frames)
 
     def _evict(self, subscriber: Subscriber) -> None:
         """Give up on a browser that does not keep up; it can come back."""
@@ -1671,6 +1775,8 @@ class Hub:
 
     def _log_call(self, call: Call, count: int) -> None:
         """Log and count who called whom, and how many browsers got it; if none did, why."""
+        if not call.frame:  # heard before by all but travellers
+            return
         self.metrics.observe(count, time.monotonic() - call.time)
         log.info(
             "call %s: phone=%s exten=%s from %s to %d browser%s%s",
@@ -2309,6 +2415,11 @@ class Server(http.server.ThreadingHTTPServer):
             connection.sock.shutdown(socket.SHUT_WR)
         self._enter_room(connection, self._rooms.draining)
 
+    def conclude(self, connection: Connection) -> None:
+        """Answer a trigger. Any thread: nothing else knows its connection any more."""
+        self._send(connection, serialize_response(HTTPStatus.OK, "OK"))
+        connection.sock.close()
+
     def _send(self, connection: Connection, data: bytes) -> None:
         """Send what fits any socket's buffer to a peer that may be gone."""
         with contextlib.suppress(OSError):
@@ -2330,10 +2441,10 @@ class RequestHandler:
         self.server = server
 
     def respond(self) -> bytes | None:
-        """Return the response; None when the connection has become the Hub's."""
+        """Return the response; None when the Hub has the connection, or answers it."""
         return self.route.handle(self)
 
-    def handle_trigger(self) -> bytes:
+    def handle_trigger(self) -> None:
         """Take a call from the PBX: POST /api/trigger."""
         self.check_site()
         pairs = parse_form(self.request.query)
@@ -2343,8 +2454,8 @@ class RequestHandler:
             self.check_token(pairs)
             raise
         self.check_token(pairs)
-        self.server.hub.broadcast(check_parameters(pairs), str(self.connection.address))
-        return serialize_response(HTTPStatus.OK, "OK")
+        answer = partial(self.server.conclude, self.connection)
+        self.server.hub.broadcast(check_parameters(pairs), str(self.connection.address), answer)
 
     def check_site(self) -> None:
         """Refuse what a foreign page had a browser send: its address may be in the list."""
@@ -2415,7 +2526,11 @@ class RequestHandler:
         if not self.server.hub.is_turning(HEALTH_TIMEOUT):
             reason = f"the hub has not turned for {HEALTH_TIMEOUT:.0f} s"
             raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, reason)
-        return serialize_response(HTTPStatus.OK, f"OK\n{self.server.hub.count()} browsers\n")
+        text = f"OK\n{self.server.hub.count()} browsers\n"
+        relay = self.server.hub.relay_status()
+        if relay is not None:
+            text += f"Redis {relay.state.value}: {relay.reason}\n"
+        return serialize_response(HTTPStatus.OK, text)
 
     def handle_metrics(self) -> bytes:
         """Count what happened, for Prometheus: GET /metrics."""
@@ -2489,6 +2604,16 @@ def metrics_lines(hub: Hub, refusals: RefusalLog) -> Iterator[str]:
     yield from metric("refused_requests_total", "counter", "Requests refused.", *refused)
     text = "From a trigger to the last browser's send."
     yield from metric("delivery_seconds", "histogram", text, *buckets)
+    relay = hub.relay_status()
+    if relay is not None:
+        states = [(f'{{state="{each.value}"}}', float(each is relay.state)) for each in RelayState]
+        yield from metric("redis", "gauge", "How Redis is: 1 for what holds.", *states)
+        text = "Calls triggered here that are not in the stream yet."
+        yield from metric("redis_waiting_calls", "gauge", text, ("", relay.waiting))
+        yield from metric("redis_lag_seconds", "gauge", "For how long.", ("", relay.lag))
+        yield from metric(
+            "redis_lost_calls_total", "counter", "Never got there.", ("", relay.lost)
+        )
 
 
 START = time.monotonic()
@@ -2734,6 +2859,899 @@ def tls_refusal(error: ssl.SSLError) -> RequestError:
     return RequestError(HTTPStatus.BAD_REQUEST, f"TLS: {reasons.get(reason, reason)}")
 
 
+# --- 7. Redis ----------------------------------------------------------------------------------
+#
+# Several daemons ("nodes") act as one: each call goes into a Redis stream, and every node delivers
+# what it reads from there, its own calls too. The IDs are the stream's, and so is the order.
+#
+# A call that has not come back through the stream within REDIS_PATIENCE is delivered here at once,
+# under an ID of our own, and goes into the stream when it can. What a browser has heard is then no
+# longer "all up to an ID": its node's calls came early. So an own ID says exactly what was heard:
+#
+#     1763870009123-1 1763870000000 0000000000 73550214 000000042      (without the blanks)
+#     now             the stream's ID up to here  node  and its calls up to this number
+#
+# That is all that since= needs, on any node, whether or not that one has heard of those calls:
+#
+# 1. A node's calls are numbered as they come, delivered in that order, and stand in the stream in
+#    that order (one batch at a time, all or nothing, sent again from the first that did not come
+#    back). Every entry carries node and number, its mark. A repeated entry has a number that was
+#    there before, and is passed over by everybody: who has heard "up to number n" has heard these.
+# 2. A Cursor is a stream position and such marks. It has heard a call when the call's position is
+#    not behind its own or its mark is covered. Each call delivered gives the browser's next cursor
+#    (Cursor.after), whose ID goes out with the call: so the last ID that a browser got is true.
+# 3. All who are here share the node's cursor. Who comes with since= gets what its own cursor has
+#    not heard: from the history, which is in the stream's order, and then our calls that are not
+#    in the stream yet. If it has heard more or other calls than the rest, it is a traveller: asked
+#    call by call, under IDs of its own, until its cursor is the node's.
+# 4. IDs strictly increase: an ID's milliseconds never go back, and are stepped up where the rest
+#    would. As soon as all marks are in the stream and it has passed the last ID, the IDs are the
+#    stream's again. No clock is compared with another one: a wrong clock makes IDs longer, nothing
+#    else.
+#
+# Lost to the other nodes are the calls of a node that dies before Redis is back, and those that
+# wait for longer than HISTORY. If Redis itself forgot entries (no appendonly), its stream is
+# pushed on to where we were, so that no ID comes twice.
+
+REDIS_PATIENCE = 0.1  # seconds that a call may take through Redis before it is delivered here
+REDIS_TIMEOUT = 5.0  # seconds for an answer, and between two signs of life
+REDIS_DELAYS = (0.1, 5.0)  # seconds between two attempts to connect: the first, the longest
+REDIS_WAITING = 256  # triggers that may wait at a time
+REDIS_BATCH = 100  # calls written or read at a time
+REDIS_START = 1.0  # seconds that the start waits for the history
+STREAM_LENGTH = 100_000  # entries kept: five times MAX_HISTORY, some 20 MB
+LATE = 1.0  # seconds after which a call is shown as one that was missed
+MAX_MARKS = 20  # of a cursor: nodes that were cut off at a time
+MAX_NODES = 1000  # whose last number is remembered
+MAX_BULK = 1 << 20  # bytes; a call has 200 KiB at most
+MAX_ELEMENTS = 1 << 16
+MAX_DEPTH = 8
+MAX_LINE = 16 * 1024
+
+
+class RedisError(Exception):
+    """Redis refused a command, or does not speak its protocol."""
+
+
+# What a link can end with; the last three when somebody answers who is no Redis.
+LINK_ERRORS = (OSError, RedisError, ValueError, TypeError, LookupError)
+
+
+class RESP:
+    """Redis's protocol, version 2, as a client without I/O: bytes in, replies out.
+
+    A reply is bytes, str (a status), int, None, a list of replies, or a RedisError. Chunks may be
+    cut anywhere; what Redis would never send raises RedisError.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._bulk: int | None = None  # bytes of the string that is arriving
+        self._arrays: list[tuple[int, list[Any]]] = []  # those arriving, the innermost last
+        self._replies: list[Any] = []
+
+    def receive_data(self, data: bytes) -> None:
+        """Take in bytes from Redis, in chunks of any size."""
+        self._buffer += data
+        start = 0
+        while True:
+            if self._bulk is None:
+                end = self._buffer.find(b"\r\n", start)
+                if (len(self._buffer) if end < 0 else end) - start > MAX_LINE:
+                    raise RedisError("a line that does not end")
+                if end < 0:
+                    break
+                self._receive_line(bytes(self._buffer[start:end]))
+                start = end + 2
+            else:
+                end = start + self._bulk
+                if len(self._buffer) < end + 2:
+                    break
+                self._add(bytes(self._buffer[start:end]))
+                self._bulk = None
+                start = end + 2
+        del self._buffer[:start]
+
+    def replies_received(self) -> list[Any]:
+        """Return what has arrived since the last call, in order."""
+        replies, self._replies = self._replies, []
+        return replies
+
+    def _receive_line(self, line: bytes) -> None:
+        kind, text = line[:1], line[1:]
+        if kind in (b"+", b"-"):
+            message = text.decode("utf-8", "replace")
+            self._add(message if kind == b"+" else RedisError(message))
+            return
+        if kind not in (b":", b"$", b"*") or not re.fullmatch(rb"-?[0-9]{1,19}", text):
+            raise RedisError(f"{quote(line.decode('latin-1'))} is not Redis's protocol")
+        number = int(text)
+        if kind == b":":
+            self._add(number)
+        elif number < 0:
+            self._add(None)
+        elif number > (MAX_BULK if kind == b"$" else MAX_ELEMENTS):
+            raise RedisError(f"a reply of {number} parts")
+        elif kind == b"$":
+            self._bulk = number
+        elif number == 0:
+            self._add([])
+        elif len(self._arrays) == MAX_DEPTH:
+            raise RedisError("a reply that is nested too deep")
+        else:
+            self._arrays.append((number, []))
+
+    def _add(self, value: Any) -> None:
+        while self._arrays:
+            size, array = self._arrays[-1]
+            array.append(value)
+            if len(array) < size:
+                return
+            self._arrays.pop()
+            value = array
+        self._replies.append(value)
+
+
+def serialize_command(*words: object) -> bytes:
+    """Return a command for Redis."""
+    encoded = [each if isinstance(each, bytes) else str(each).encode() for each in words]
+    parts = [b"$%d\r\n%b\r\n" % (len(each), each) for each in encoded]
+    return b"*%d\r\n" % len(parts) + b"".join(parts)
+
+
+def check_replies(replies: Iterable[Any]) -> None:
+    """Raise the first error among replies, or in the list that EXEC returns."""
+    for reply in replies:
+        if isinstance(reply, RedisError):
+            raise reply
+        if isinstance(reply, list):
+            check_replies(each for each in reply if isinstance(each, RedisError))
+
+
+class Mark(NamedTuple):
+    """Names a call by who triggered it: the node of this number, as its so manieth call."""
+
+    node: int
+    number: int
+
+
+class Cursor(NamedTuple):
+    """What a browser has heard: the stream up to `position`, and early calls by their marks."""
+
+    id: CallID  # of the last call
+    position: CallID
+    marks: tuple[Mark, ...] = ()
+
+    @classmethod
+    def of(cls, call_id: CallID) -> Cursor:
+        """Return the cursor that an ID says."""
+        digits = str(call_id.sequence)
+        if len(digits) < 24:  # Redis's own have 20 at most
+            return cls(call_id, call_id)
+        position = CallID(int(digits[1:14]), int(digits[14:24]))
+        marks = re.findall("(.{8})(.{9})", digits[24:])
+        return cls(call_id, position, tuple(Mark(int(a), int(b)) for a, b in marks))
+
+    def has(self, call: Call) -> bool:
+        """Tell whether a call was heard."""
+        if call.position is not None and call.position <= self.position:
+            return True
+        return call.mark is not None and self._covers(call.mark)
+
+    def after(self, call: Call) -> Cursor:
+        """Return the cursor of a browser that has now heard a call too, or had before."""
+        return self.moved(call.position, call.mark)
+
+    def moved(self, position: CallID | None, mark: Mark | None) -> Cursor:
+        """Return the cursor behind an entry of the stream, or a call that is not there yet."""
+        marks, milliseconds = self.marks, self.id.milliseconds
+        if mark is not None and position is None:
+            marks = (*(each for each in marks if each.node != mark.node), mark)[-MAX_MARKS:]
+            milliseconds = max(milliseconds, int(time.time() * 1000))
+        elif mark is not None:
+            marks = tuple(
+                each for each in marks if each.node != mark.node or each.number > mark.number
+            )
+        position = max(position or self.position, self.position)
+        if (position, marks) == (self.position, self.marks):
+            return self
+        if not marks and position > self.id:
+            return Cursor(position, position)
+        digits = f"1{position.milliseconds:013}{position.sequence:010}"
+        digits += "".join([f"{each.node:08}{each.number:09}" for each in marks])
+        call_id = CallID(max(milliseconds, position.milliseconds), int(digits))
+        if call_id <= self.id:
+            call_id = CallID(self.id.milliseconds + 1, call_id.sequence)
+        return Cursor(call_id, position, marks)
+
+    def agrees_with(self, other: Cursor) -> bool:
+        """Tell whether both have heard the same, and the other's next ID is a later one, too."""
+        same = self.position == other.position and set(self.marks) == set(other.marks)
+        return same and self.id <= other.id
+
+    def _covers(self, mark: Mark) -> bool:
+        return any(each.node == mark.node and each.number >= mark.number for each in self.marks)
+
+
+class Pending:
+    """A call of this node that has not come back through the stream yet."""
+
+    __slots__ = ("answer", "call", "mark", "parameters", "source", "time", "was_sent")
+
+    def __init__(
+        self,
+        mark: Mark,
+        parameters: Mapping[str, str],
+        source: str,
+        answer: Callable[[], None],
+    ) -> None:
+        self.mark = mark
+        self.parameters = parameters
+        self.source = source
+        self.answer = answer
+        self.time = time.monotonic()
+        self.call: Call | None = None  # once it was delivered early
+        self.was_sent = False  # it may be in the stream
+
+    def fields(self) -> tuple[object, ...]:
+        """Return its entry in the stream."""
+        age = int((time.monotonic() - self.time) * 1000)
+        text = json.dumps(self.parameters, ensure_ascii=False, separators=(",", ":"))
+        call = ("source", self.source, "parameters", text)
+        return ("node", self.mark.node, "number", self.mark.number, "age", age, *call)
+
+
+class Entry(NamedTuple):
+    """What stands in the stream."""
+
+    position: CallID
+    mark: Mark
+    age: float  # seconds between trigger and stream
+    source: str
+    parameters: dict[str, str]
+
+
+def parse_entry(position: CallID, words: list[bytes]) -> Entry:
+    """Return an entry of the stream; raises ValueError when it is not one of ours."""
+    named = dict(zip(words[::2], words[1::2]))
+    try:
+        mark = Mark(int(named[b"node"]), int(named[b"number"]))
+        age, source = int(named[b"age"]) / 1000, named[b"source"].decode()
+        parameters = json.loads(named[b"parameters"])
+        pairs = list(parameters.items())
+    except (KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+    if not all(isinstance(text, str) for pair in pairs for text in pair):
+        raise ValueError("a parameter is not a text")
+    if not {"phone", "exten"} <= set(parameters):
+        raise ValueError("phone and exten are missing")
+    return Entry(position, mark, age, source, parameters)
+
+
+def renamed(call: Call, call_id: CallID) -> Call:
+    """Return a call under another ID, with its frame."""
+    # The ID stands in the message before anything that was sent to us.
+    payload = call.payload.replace(f'"id": "{call.id}"'.encode(), f'"id": "{call_id}"'.encode(), 1)
+    call = call._replace(id=call_id, payload=payload)
+    frame = call.replay_frame() if call.is_late else serialize_frame(Opcode.TEXT, payload)
+    return call._replace(frame=frame)
+
+
+class RelayState(enum.Enum):
+    """How Redis is."""
+
+    UP = "up"
+    SLOW = "slow"  # calls are delivered early until it has caught up
+    AWAY = "away"
+
+
+class RelayStatus(NamedTuple):
+    """How Redis is, for /healthz and /metrics."""
+
+    state: RelayState
+    reason: str
+    waiting: int  # calls of ours that are not in the stream
+    lag: float  # seconds that the oldest of them has waited
+    lost: int  # calls that will never be there
+
+
+class Link:
+    """A connection to Redis. ask() waits; send() and receive() are for a socket that does not."""
+
+    def __init__(self, url: RedisURL) -> None:
+        self._codec = RESP()
+        self._outgoing = b""
+        self.awaited = 0  # replies
+        self.deadline = math.inf  # for the next one, monotonic seconds
+        if isinstance(url.address, str):
+            self.sock = socket.socket(socket.AF_UNIX)
+            self.sock.settimeout(REDIS_TIMEOUT)
+        else:
+            self.sock = socket.create_connection(url.address, REDIS_TIMEOUT)
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        try:
+            self._set_up(url)
+        except BaseException:
+            self.sock.close()
+            raise
+
+    def _set_up(self, url: RedisURL) -> None:
+        if isinstance(url.address, str):
+            self.sock.connect(url.address)
+        elif url.is_tls:
+            context = ssl.create_default_context()
+            self.sock = context.wrap_socket(self.sock, server_hostname=url.address[0])
+        if url.login:
+            self.ask(("AUTH", *url.login))
+        if url.database:
+            self.ask(("SELECT", url.database))
+        with contextlib.suppress(RedisError):  # for CLIENT LIST; may be forbidden
+            self.ask(("CLIENT", "SETNAME", "popup-notifier"))
+
+    def ask(self, *commands: tuple[object, ...]) -> list[Any]:
+        """Send commands and wait for their replies; raises the first error among these."""
+        self.sock.sendall(b"".join([serialize_command(*each) for each in commands]))
+        replies: list[Any] = []
+        while len(replies) < len(commands):
+            data = self.sock.recv(READ_SIZE)
+            if not data:
+                raise ConnectionError("it hung up")
+            self._codec.receive_data(data)
+            replies += self._codec.replies_received()
+        check_replies(replies)
+        return replies
+
+    def send(self, *commands: tuple[object, ...], patience: float = REDIS_TIMEOUT) -> None:
+        """Send commands, the answers to come within `patience` seconds."""
+        self._outgoing += b"".join([serialize_command(*each) for each in commands])
+        self.awaited += len(commands)
+        self.deadline = time.monotonic() + patience
+        self.flush()
+
+    def flush(self) -> bool:
+        """Send what the socket takes; tell whether that was all."""
+        with contextlib.suppress(*WOULD_BLOCK):
+            while self._outgoing:
+                self._outgoing = self._outgoing[self.sock.send(self._outgoing) :]
+        return not self._outgoing
+
+    def receive(self) -> list[Any]:
+        """Return the replies that are there; raises an error among them."""
+        with contextlib.suppress(*WOULD_BLOCK):
+            while True:
+                data = self.sock.recv(READ_SIZE)
+                if not data:
+                    raise ConnectionError("it hung up")
+                self._codec.receive_data(data)
+        replies = self._codec.replies_received()
+        check_replies(replies)
+        self.awaited -= len(replies)
+        if not self.awaited:
+            self.deadline = math.inf
+        return replies
+
+
+class Relay:
+    """Carries calls between the SharedHub and Redis, in two threads of its own.
+
+    One sets up the links, which may wait for a name server or a firewall. The other one has them
+    from then on and never waits for Redis alone: calls are delivered early in time.
+    """
+
+    def __init__(self, url: RedisURL, hub: SharedHub) -> None:
+        self.state = RelayState.AWAY
+        self._reason = f"connecting to {url}"
+        self._lost = self._reported = 0  # calls that waited for too long
+        self._url = url
+        self._hub = hub
+        self._waker = Waker()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._waker, selectors.EVENT_READ, self._waker.drain)
+        self._new_links: collections.deque[tuple[Link, Link]] = collections.deque()
+        self._links: tuple[Link, Link] | None = None  # one writes, one reads
+        self._has_tried = threading.Event()
+        self._is_lost = threading.Event()  # the links are
+        self._is_stopping = threading.Event()
+        self._stop_deadline = math.inf
+        self._thread: threading.Thread | None = None  # the one that relays
+
+    # For other threads.
+
+    def start(self, on_failure: Callable[[], None]) -> None:
+        """Start; wait a moment for the history, so that those who come back find it.
+
+        Should a thread ever end by a bug, `on_failure` is called.
+        """
+        for name, work in (("redis-connect", self._keep_connected), ("redis", self._relay)):
+            args = (work, on_failure)
+            self._thread = threading.Thread(target=self._run, args=args, name=name, daemon=True)
+            self._thread.start()
+        self._has_tried.wait(REDIS_START)
+
+    def wake(self) -> None:
+        """Let a call be sent, and its deadline be kept."""
+        self._waker.wake()
+
+    def status(self, waiting: int, lag: float) -> RelayStatus:
+        """Return how Redis is."""
+        return RelayStatus(self.state, self._reason, waiting, lag, self._lost)
+
+    def close(self) -> None:
+        """Give calls a moment to get into the stream, then end."""
+        self._stop_deadline = time.monotonic() + REDIS_START
+        self._is_stopping.set()
+        self._is_lost.set()
+        self._waker.wake()
+        if self._thread is not None:
+            self._thread.join(2 * REDIS_START)
+
+    def _run(self, work: Callable[[], None], on_failure: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception:
+            log.critical("the relay failed: this is a bug", exc_info=True)
+            self._hub.has_failed = True
+            on_failure()
+
+    def _enter(self, state: RelayState, reason: str) -> None:
+        """Take note of how Redis is now, and log it."""
+        self.state, self._reason = state, reason
+        level = logging.INFO if state is RelayState.UP else logging.WARNING
+        log.log(level, "Redis is %s: %s", state.value, reason)
+
+    def _go_away(self, error: Exception) -> None:
+        """Take note of why Redis is away, and log it when that is news to an admin."""
+        is_refusal = isinstance(error, RedisError) and not str(error).startswith("LOADING")
+        verb = "refuses" if isinstance(error, RedisError) else "cannot be reached"
+        text = getattr(error, "strerror", None) or str(error)
+        reason = f"{self._url} {verb}: {quote(text, 200)}"
+        is_first = self.state is not RelayState.AWAY or not self._has_tried.is_set()
+        if is_first or (is_refusal and reason != self._reason):
+            self._enter(RelayState.AWAY, reason)
+
+    # The thread that connects.
+
+    def _keep_connected(self) -> None:
+        delay, longest = REDIS_DELAYS
+        while not self._is_stopping.is_set():
+            try:
+                self._connect()
+            except LINK_ERRORS as error:
+                self._go_away(error)
+                self._has_tried.set()
+            else:
+                began = time.monotonic()
+                self._has_tried.set()
+                self._is_lost.wait()
+                if time.monotonic() - began > longest:
+                    delay = REDIS_DELAYS[0]
+            self._is_stopping.wait(delay * random.uniform(0.5, 1))
+            delay = min(2 * delay, longest)
+
+    def _connect(self) -> None:
+        """Set up both links, learn what was missed, and put into the stream what waits."""
+        with contextlib.ExitStack() as stack:
+            writer, reader = Link(self._url), Link(self._url)
+            stack.callback(writer.sock.close)
+            stack.callback(reader.sock.close)
+            self._catch_up(reader)
+            for batch in iter(self._hub.next_batch, []):
+                writer.ask(*self._commands(batch))
+            writer.sock.setblocking(False)
+            reader.sock.setblocking(False)
+            self._is_lost.clear()
+            self._new_links.append((writer, reader))
+            self._waker.wake()
+            stack.pop_all()
+
+    def _catch_up(self, link: Link) -> None:
+        stream = self._url.stream
+        clock, newest = link.ask(("TIME",), ("XREVRANGE", stream, "+", "-", "COUNT", 1))
+        now = int(clock[0]) * 1000 + int(clock[1]) // 1000
+        last = parse_id(newest[0][0].decode()) if newest else CallID(0, 0)
+        position, is_lost = self._hub.catch_up_from(now, last)
+        if is_lost:
+            log.warning("Redis has lost calls: its stream %s ended before %s", stream, position)
+            # Another node may have done it already: then Redis refuses.
+            with contextlib.suppress(RedisError):
+                link.ask(("XADD", stream, position, "resumed", "1"))
+        while True:
+            (reply,) = link.ask(("XREAD", "COUNT", REDIS_BATCH, "STREAMS", stream, position))
+            if reply is None:
+                break
+            position, entries = parse_stream(reply)
+            self._hub.receive(entries, now)
+        self._position = position
+
+    def _commands(self, batch: list[Pending]) -> list[tuple[object, ...]]:
+        """Return what puts calls into the stream, all or nothing."""
+        head = ("XADD", self._url.stream, "MAXLEN", "~", STREAM_LENGTH, "*")
+        commands = [(*head, *pending.fields()) for pending in batch]
+        return commands if len(batch) == 1 else [("MULTI",), *commands, ("EXEC",)]
+
+    # The thread that relays.
+
+    def _relay(self) -> None:
+        while time.monotonic() < self._stop_deadline:
+            self._turn()
+            is_done = self._links is None or not self._hub.relay_status().waiting
+            if self._is_stopping.is_set() and is_done:
+                break
+        self._drop_links()
+        self._hub.deliver_early(math.inf)
+        waiting = self._hub.relay_status().waiting
+        if waiting:
+            log.warning("%d calls did not reach the other nodes", waiting)
+
+    def _turn(self) -> None:
+        """Do what is ready or due."""
+        for key, _ in self._selector.select(self._until_deadline()):
+            key.data()
+        while self._new_links:
+            self._take_links(*self._new_links.popleft())
+        now = time.monotonic()
+        if self._hub.deliver_early(now - REDIS_PATIENCE) and self.state is RelayState.UP:
+            self._enter(RelayState.SLOW, "calls are delivered here first until it has caught up")
+        self._lost += self._hub.give_up()
+        if self._links is not None:
+            writer, _ = self._links
+            try:
+                if any(link.deadline < now for link in self._links):
+                    raise TimeoutError(f"no answer for {REDIS_TIMEOUT:.0f} s")
+                batch = [] if writer.awaited else self._hub.next_batch()
+                if batch:
+                    writer.send(*self._commands(batch))
+                    self._watch(writer)
+            except OSError as error:
+                self._fail(error)
+
+    def _until_deadline(self) -> float | None:
+        due = [self._hub.next_deadline(), self._stop_deadline]
+        due += [link.deadline for link in self._links or ()]
+        return None if min(due) == math.inf else max(min(due) - time.monotonic(), 0)
+
+    def _take_links(self, writer: Link, reader: Link) -> None:
+        self._links = writer, reader
+        self._selector.register(writer.sock, selectors.EVENT_READ, self._write)
+        self._selector.register(reader.sock, selectors.EVENT_READ, self._read)
+        self._enter(RelayState.UP, f"calls are shared by {self._url}")
+        if self._lost > self._reported:
+            log.warning("%d calls did not reach the other nodes", self._lost - self._reported)
+            self._reported = self._lost
+        self._request_entries(reader)
+
+    def _request_entries(self, reader: Link) -> None:
+        head = ("XREAD", "COUNT", REDIS_BATCH, "BLOCK", int(REDIS_TIMEOUT * 1000))
+        command = (*head, "STREAMS", self._url.stream, self._position)
+        reader.send(command, patience=2 * REDIS_TIMEOUT)
+
+    def _write(self) -> None:
+        """Send on, and take the replies of the link that writes."""
+        if self._links is not None:
+            try:
+                self._links[0].receive()
+                self._watch(self._links[0])
+            except LINK_ERRORS as error:
+                self._fail(error)
+
+    def _watch(self, writer: Link) -> None:
+        """Flush, and be told when there is room for the rest."""
+        events = selectors.EVENT_READ | (0 if writer.flush() else selectors.EVENT_WRITE)
+        if events != self._selector.get_key(writer.sock).events:
+            self._selector.modify(writer.sock, events, self._write)
+
+    def _read(self) -> None:
+        """Take what has come into the stream."""
+        if self._links is None:
+            return
+        writer, reader = self._links
+        try:
+            for reply in reader.receive():
+                if reply is not None:
+                    self._position, entries = parse_stream(reply)
+                    if self._hub.receive(entries) and self.state is RelayState.SLOW:
+                        self._enter(RelayState.UP, f"calls are shared by {self._url} again")
+                elif not writer.awaited:
+                    writer.send(("PING",))
+                self._request_entries(reader)
+        except LINK_ERRORS as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """Go on without Redis until there are new links."""
+        self._drop_links()
+        self._go_away(error)
+        self._hub.deliver_early(math.inf)
+        self._is_lost.set()
+
+    def _drop_links(self) -> None:
+        for link in self._links or ():
+            self._selector.unregister(link.sock)
+            link.sock.close()
+        self._links = None
+
+
+def parse_stream(reply: Any) -> tuple[CallID, list[Entry]]:
+    """Return the last ID and our entries in the reply to XREAD for one stream."""
+    entries = []
+    ((_, items),) = reply
+    for name, words in items:
+        position = parse_id(name.decode())
+        try:
+            entries.append(parse_entry(position, words))
+        except ValueError as error:
+            if words[:1] != [b"resumed"]:
+                log.warning(
+                    "stream entry %s is not a call and is passed over: %s", position, error
+                )
+    return position, entries
+
+
+class SharedHub(Hub):
+    """A Hub whose calls are those of all nodes; also the Relay's threads call its methods."""
+
+    def __init__(
+        self, config: Config, max_browsers: int, url: RedisURL, manager: ServiceManager
+    ) -> None:
+        super().__init__(config, max_browsers, IDSource(None), manager)
+        self.start_time = time.monotonic()
+        # Guarded by the lock.
+        self._cursor = Cursor.of(CallID(0, 0))  # of all who are no travellers
+        self._is_synchronized = False  # the history is known
+        self._clock = 0  # Redis's milliseconds when our monotonic ones are 0
+        self._begin = CallID(0, 0)  # calls up to here are history, not news
+        self._node, self._number = new_node(), 0  # the last mark
+        self._pending: collections.OrderedDict[Mark, Pending] = collections.OrderedDict()
+        self._waiting: collections.deque[Pending] = collections.deque()  # not delivered yet
+        self._to_send: collections.deque[Pending] = collections.deque()
+        self._highest: collections.OrderedDict[int, int] = collections.OrderedDict()  # by node
+        self._relay = Relay(url, self)
+
+    def start(self, on_failure: Callable[[], None]) -> None:
+        """Start the I/O thread and the Relay's."""
+        super().start(on_failure)
+        self._relay.start(on_failure)
+
+    def close(self) -> None:
+        """Let what waits go into the stream, then close all."""
+        self._relay.close()
+        super().close()
+
+    def relay_status(self) -> RelayStatus:
+        """Return how Redis is."""
+        with self._lock:
+            oldest = next(iter(self._pending.values()), None)
+            lag = time.monotonic() - oldest.time if oldest else 0.0
+            return self._relay.status(len(self._pending), lag)
+
+    def broadcast(
+        self, parameters: Mapping[str, str], source: str, answer: Callable[[], None]
+    ) -> None:
+        """Let a call go through Redis; `answer` is called when it is delivered here."""
+        with self._lock:
+            self._number += 1
+            pending = Pending(Mark(self._node, self._number), parameters, source, answer)
+            self._pending[pending.mark] = pending
+            self._to_send.append(pending)
+            self._waiting.append(pending)
+            is_hopeless = len(self._waiting) > REDIS_WAITING
+        if is_hopeless or self._relay.state is not RelayState.UP:
+            self.deliver_early(math.inf)
+        self._relay.wake()
+
+    # For the Relay.
+
+    def deliver_early(self, until: float) -> bool:
+        """Deliver what was triggered up to then and still waits; tell whether there was any."""
+        with self._lock:
+            done: list[Pending] = []
+            while self._waiting and self._waiting[0].time <= until:
+                pending = self._waiting.popleft()
+                self._cursor = self._cursor.moved(None, pending.mark)
+                extens = self._history.audience_of(pending.parameters)
+                call = make_call(self._cursor.id, pending.parameters, pending.source, extens)
+                pending.call = call._replace(mark=pending.mark, time=pending.time)
+                self._history.note(call)
+                self._calls.append(pending.call)
+                done.append(pending)
+        self._conclude(done)
+        return bool(done)
+
+    def receive(self, entries: Iterable[Entry], now: int = 0) -> bool:
+        """Take in what stands in the stream; tell whether all of ours is there.
+
+        `now` is Redis's time in milliseconds when these are entries that were missed, else 0.
+        """
+        with self._lock:
+            done = [self._receive_entry(entry, now) for entry in entries]
+            is_empty = not self._pending
+        self._conclude([pending for pending in done if pending is not None])
+        return is_empty
+
+    def _receive_entry(self, entry: Entry, now: int) -> Pending | None:
+        """Deliver a call of the stream, if it was not early; return ours that it answers."""
+        position, mark = entry.position, entry.mark
+        if position <= self._cursor.position:
+            return None
+        if mark.number <= self._highest.get(mark.node, 0):
+            self._cursor = self._cursor.moved(position, mark)
+            return None
+        self._highest[mark.node] = mark.number
+        self._highest.move_to_end(mark.node)
+        if len(self._highest) > MAX_NODES:
+            self._highest.popitem(last=False)
+        pending = self._pending.pop(mark, None)
+        if self._waiting and self._waiting[0] is pending:
+            self._waiting.popleft()
+        was_early = pending is not None and pending.call is not None
+        delay = max(now - position.milliseconds, 0) / 1000 if now else 0.0
+        extens = self._history.audience_of(entry.parameters)
+        call = make_call(position, entry.parameters, entry.source, extens)
+        began = pending.time if pending and not was_early else call.time - delay
+        call = call._replace(position=position, mark=mark, time=began)
+        if entry.age + delay > LATE:
+            since = position.milliseconds - int(entry.age * 1000)
+            payload = call.payload[:-1] + b', "time": %d}' % since
+            call = renamed(call._replace(payload=payload, is_late=True), position)
+        self._history.add(call)
+        is_news = position > self._begin and not was_early and not self._cursor.has(call)
+        self._cursor = self._cursor.after(call)
+        if call.id != self._cursor.id:
+            call = renamed(call, self._cursor.id)
+        self._calls.append(call if is_news else call._replace(frame=b""))
+        return None if was_early else pending
+
+    def _conclude(self, done: list[Pending]) -> None:
+        """Let the I/O thread deliver, and answer those who triggered. Not under the lock."""
+        if self._calls:
+            self._waker.wake()
+        for pending in done:
+            pending.answer()
+
+    def catch_up_from(self, now: int, last: CallID) -> tuple[CallID, bool]:
+        """Return where to read on in a stream that ends at `last`, and whether that was lost."""
+        with self._lock:
+            seconds = self._history.seconds
+            age = min(time.monotonic() - self.start_time, seconds)
+            self._begin = CallID(max(now - int(age * 1000), 0), 0)
+            # From twice as far back: an entry may be repeated behind what is remembered.
+            window = CallID(max(now - int(seconds * 2000), 0), 0)
+            position = min(last, window)
+            is_lost = last < self._cursor.position
+            if position > self._cursor.position or not self._is_synchronized:
+                self._history.begin_at(position)
+                self._cursor = self._cursor.moved(position, None)
+            self._is_synchronized = True
+            self._clock = now - int(time.monotonic() * 1000)
+            self._to_send = collections.deque(self._pending.values())
+            return self._cursor.position, is_lost
+
+    def next_batch(self) -> list[Pending]:
+        """Return calls to put into the stream now."""
+        with self._lock:
+            batch: list[Pending] = []
+            while self._to_send and len(batch) < REDIS_BATCH:
+                pending = self._to_send.popleft()
+                if pending.mark in self._pending:
+                    pending.was_sent = True
+                    batch.append(pending)
+            return batch
+
+    def next_deadline(self) -> float:
+        """Return when a call is to be delivered early or given up, math.inf for never."""
+        with self._lock:
+            if self._waiting:
+                return self._waiting[0].time + REDIS_PATIENCE
+            oldest = next(iter(self._pending.values()), None)
+            return oldest.time + self._patience() if oldest else math.inf
+
+    def give_up(self) -> int:
+        """Forget the calls that waited for too long; return how many."""
+        lost = 0
+        with self._lock:
+            oldest = time.monotonic() - self._patience()
+            while self._pending:
+                pending = next(iter(self._pending.values()))
+                is_old = pending.time < oldest or len(self._pending) > MAX_HISTORY
+                if pending.call is None or not is_old:
+                    break
+                self._pending.popitem(last=False)
+                lost += 1
+        return lost
+
+    def _patience(self) -> float:
+        """Return the seconds after which a call is no news to anybody."""
+        return max(self._history.seconds, LATE)
+
+    # What travellers need.
+
+    def _last_id(self) -> CallID:
+        return self._cursor.id
+
+    def _look_back(self, subscriber: Subscriber, since: CallID) -> bool:
+        cursor = Cursor.of(since)
+        now = self._clock + (time.monotonic() + LATE) * 1000
+        is_possible = not self._is_synchronized or cursor.position.milliseconds < now
+        if not is_possible:  # not this stream's: from a time before Redis, or made up
+            cursor = Cursor(since, self._cursor.position)
+        is_ahead = cursor.position > self._cursor.position
+        missed, is_complete = self._history.since(cursor.position)
+        early = [pending.call for pending in self._pending.values() if pending.call]
+        if is_ahead:
+            # What was sent may be among what it has heard: the stream will tell. Later calls are
+            # not, and their marks must not speak for these.
+            sent = [pending.mark.node for pending in self._pending.values() if pending.was_sent]
+            subscriber.unsure = set(sent)
+            if self._node in sent:
+                self._node, self._number = new_node(), 0
+        for call in itertools.chain(missed, early):
+            if is_unsure(subscriber, call):
+                continue
+            is_new = not cursor.has(call)
+            if is_new or call.position is not None:
+                cursor = cursor.after(call)
+            if is_new and subscriber.wants(call):
+                same = call.id == cursor.id
+                subscriber.missed.append(call if same else renamed(call, cursor.id))
+        cursor = cursor.moved(self._cursor.position, None)
+        if not cursor.agrees_with(self._cursor):
+            subscriber.cursor = cursor
+            subscriber.travels_until = time.monotonic() + 2 * self._history.seconds + LATE
+        return is_complete and is_possible and self._is_synchronized
+
+    # The I/O thread's.
+
+    def _deliver(self, calls: list[Call]) -> list[int]:
+        news = [call for call in calls if call.frame]
+        heard_by = iter(super()._deliver(news) if news else ())
+        counts = [next(heard_by) if call.frame else 0 for call in calls]
+        for subscriber in list(self._audience.travellers):
+            heard = self._travel(subscriber, calls)
+            for index, _ in heard:
+                counts[index] += 1
+            if heard:
+                self._write(subscriber, b"".join([frame for _, frame in heard]))
+        return counts
+
+    def _share_of(self, subscriber: Subscriber, calls: list[Call]) -> bytes:
+        if subscriber.cursor is None:
+            return super()._share_of(subscriber, calls)
+        return b"".join([frame for _, frame in self._travel(subscriber, calls)])
+
+    def _travel(self, subscriber: Subscriber, calls: list[Call]) -> list[tuple[int, bytes]]:
+        """Return the frames of a traveller, with the calls' indices; it may have arrived then."""
+        cursor = subscriber.cursor
+        if cursor is None or not calls:
+            return []
+        heard = []
+        for index, call in enumerate(calls):
+            if is_unsure(subscriber, call):
+                continue
+            is_new = not cursor.has(call)
+            if is_new or call.position is not None:
+                cursor = cursor.after(call)
+            if is_new and subscriber.wants(call):
+                heard.append((index, renamed(call, cursor.id).frame))
+        rest = Cursor.of(calls[-1].id)
+        cursor = cursor.moved(rest.position, None)
+        subscriber.cursor = cursor
+        if cursor.agrees_with(rest) or self._now > subscriber.travels_until:
+            subscriber.cursor = None
+            self._audience.discard(subscriber)
+            self._audience.add(subscriber)
+        return heard
+
+
+def is_unsure(subscriber: Subscriber, call: Call) -> bool:
+    """Tell whether a traveller may have heard an early call elsewhere."""
+    return call.position is None and call.mark is not None and call.mark.node in subscriber.unsure
+
+
+def new_node() -> int:
+    """Return a number that no other node has."""
+    return int.from_bytes(os.urandom(8), "big") % 10**8
+
+
 # --- 8. systemd --------------------------------------------------------------------------------
 
 
@@ -2943,8 +3961,12 @@ class Daemon:
         self.sizes = room_sizes(self.file_limit, len(ports))
         self.waiting = sum(self.sizes) * len(ports)
         max_browsers = bound_browsers(self.config.max_browsers, self.file_limit, self.waiting)
-        ids = IDSource(state_file(self.config.port))
-        self.hub = Hub(self.config, max_browsers, ids, self.manager)
+        if self.config.redis_url is None:
+            ids = IDSource(state_file(self.config.port))
+            self.hub = Hub(self.config, max_browsers, ids, self.manager)
+        else:
+            url = self.config.redis_url
+            self.hub = SharedHub(self.config, max_browsers, url, self.manager)
         refusals = RefusalLog()
         self.servers = [self._listen(port, refusals, context) for port, context in ports]
 

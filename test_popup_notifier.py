@@ -47,11 +47,16 @@ from urllib.parse import quote
 
 import popup_notifier
 from popup_notifier import (
+    CallID,
     CloseCode,
     ConfigError,
+    Cursor,
+    Entry,
     HandshakeError,
+    Mark,
     Opcode,
     ProtocolError,
+    RedisError,
     RequestError,
     WebSocketProtocol,
     check_handshake,
@@ -2094,6 +2099,838 @@ class TestTLS(unittest.TestCase):
             self.assertEqual(tab.evaluate("location.protocol"), "https:")
             daemon.trigger()
             tab.wait_for("document.querySelector('tbody').textContent.includes('0312345678')")
+
+
+# --- 7. Redis ----------------------------------------------------------------------------------
+
+REDIS_PASSWORD = "p@ss/word:that#no?log may show"
+
+# (what it is, bytes from Redis, replies)
+GOOD_REPLIES: list[tuple[str, bytes, list[Any]]] = [
+    ("status", b"+OK\r\n+QUEUED\r\n", ["OK", "QUEUED"]),
+    ("integers", b":0\r\n:-1\r\n:9223372036854775807\r\n", [0, -1, 2**63 - 1]),
+    ("string", b"$5\r\nhello\r\n", [b"hello"]),
+    ("string with line ends", b"$6\r\n\r\n$-1\r\r\n", [b"\r\n$-1\r"]),
+    ("empty string", b"$0\r\n\r\n", [b""]),
+    ("nothing", b"$-1\r\n*-1\r\n", [None, None]),
+    ("empty list", b"*0\r\n", [[]]),
+    ("lists in lists", b"*2\r\n*1\r\n:1\r\n*2\r\n*0\r\n$1\r\na\r\n:2\r\n", [[[1], [[], b"a"]], 2]),
+    (
+        "a stream's entry",
+        b"*1\r\n*2\r\n$1\r\ns\r\n*1\r\n*2\r\n$3\r\n1-0\r\n*2\r\n$1\r\nk\r\n$1\r\nv\r\n",
+        [[[b"s", [[b"1-0", [b"k", b"v"]]]]]],
+    ),
+]
+
+# (what it is, bytes that Redis never sends)
+BAD_REPLIES = [
+    ("other protocol", b"HTTP/1.1 200 OK\r\n"),
+    ("no number", b":one\r\n"),
+    ("endless line", b"+" + b"x" * 20_000),
+    ("endless number", b"$" + b"9" * 30 + b"\r\n"),
+    ("too long a string", b"$1048577\r\n"),
+    ("too long a list", b"*65537\r\n"),
+    ("too deep", b"*1\r\n" * 9),
+]
+
+# (URL, address, TLS, login, database, stream)
+GOOD_URLS: list[tuple[str, Any, bool, tuple[str, ...], int, str]] = [
+    ("redis://h", ("h", 6379), False, (), 0, "popup-notifier"),
+    ("redis://h:1/2", ("h", 1), False, (), 2, "popup-notifier"),
+    ("rediss://:p@h/", ("h", 6379), True, ("p",), 0, "popup-notifier"),
+    ("redis://u:p%40%2F%25@[::1]:7/3", ("::1", 7), False, ("u", "p@/%"), 3, "popup-notifier"),
+    ("redis://h?stream=calls", ("h", 6379), False, (), 0, "calls"),
+    ("unix:///run/r.sock", "/run/r.sock", False, (), 0, "popup-notifier"),
+    ("unix://u:p@/run/r.sock?db=4", "/run/r.sock", False, ("u", "p"), 4, "popup-notifier"),
+]
+
+BAD_URLS = [
+    ("h:6379", "does not begin with"),
+    ("http://h", "does not begin with"),
+    ("redis://", "names no host"),
+    ("redis://h:x", "percent form"),
+    ("redis://h:99999", "percent form"),
+    ("redis://:geheim/geheim@h", "percent form"),
+    ("redis://[::1", "percent form"),
+    ("redis://h/x", "number of a database"),
+    ("redis://h/0?geheim=1", "something unknown"),
+    ("redis://h/0#geheim", "something unknown"),
+    ("redis://geheim@h", "user without a password"),
+    ("unix://run/r.sock", "is not unix:///"),
+    ("unix:///run/r.sock?db=x", "number of a database"),
+]
+
+
+class TestRESP(unittest.TestCase):
+    """Redis's protocol, by bytes."""
+
+    def feed(self, stream: bytes, size: int) -> list[Any]:
+        codec = popup_notifier.RESP()
+        for start in range(0, len(stream), size):
+            codec.receive_data(stream[start : start + size])
+        return codec.replies_received()
+
+    def test_replies_in_chunks_of_any_size(self) -> None:
+        everything = b"".join(stream for _, stream, _ in GOOD_REPLIES)
+        replies = [reply for _, _, each in GOOD_REPLIES for reply in each]
+        for label, stream, expected in [*GOOD_REPLIES, ("all", everything, replies)]:
+            for size in range(1, len(stream) + 1):
+                with self.subTest(label, size=size):
+                    self.assertEqual(self.feed(stream, size), expected)
+
+    def test_errors_are_replies(self) -> None:
+        for size in (1, 100):
+            error, (inner, number) = self.feed(b"-ERR no\r\n*2\r\n-OOM\r\n:1\r\n", size)
+            self.assertEqual((str(error), str(inner), number), ("ERR no", "OOM", 1))
+            for replies in ([error], [1, [b"", inner]]):
+                with self.assertRaises(popup_notifier.RedisError):
+                    popup_notifier.check_replies(replies)
+
+    def test_what_redis_never_sends_is_refused(self) -> None:
+        for label, stream in BAD_REPLIES:
+            for size in (1, len(stream)):
+                with self.subTest(label, size=size), self.assertRaises(popup_notifier.RedisError):
+                    self.feed(stream, size)
+
+    def test_command(self) -> None:
+        self.assertEqual(
+            popup_notifier.serialize_command("XADD", b"\r\n", 5, "é"),
+            b"*4\r\n$4\r\nXADD\r\n$2\r\n\r\n\r\n$1\r\n5\r\n$2\r\n\xc3\xa9\r\n",
+        )
+
+
+class TestRedisURL(unittest.TestCase):
+    """REDIS_URL."""
+
+    def test_good(self) -> None:
+        for text, *expected in GOOD_URLS:
+            with self.subTest(text):
+                self.assertEqual([*popup_notifier.parse_redis_url(text)], expected)
+
+    def test_bad_is_a_mistake_in_the_configuration_that_shows_no_password(self) -> None:
+        for text, expected in BAD_URLS:
+            with self.subTest(text), self.assertRaises(ConfigError) as caught:
+                parse_config(f"SECRET_TOKEN=t\nREDIS_URL={text}".encode(), "f")
+            self.assertIn("f:2: REDIS_URL: ", str(caught.exception))
+            self.assertIn(expected, str(caught.exception))
+            self.assertNotIn("geheim", str(caught.exception))
+
+
+class TestCursor(unittest.TestCase):
+    """What a browser has heard, in an ID."""
+
+    def call(self, position: int, mark: tuple[int, int]) -> popup_notifier.Call:
+        return popup_notifier.make_call(
+            CallID(position, 0), {"phone": "1", "exten": "all"}, "", frozenset()
+        )._replace(position=CallID(position, 0) if position else None, mark=Mark(*mark))
+
+    def test_stream_ids_are_kept(self) -> None:
+        cursor = Cursor.of(CallID(5, 0))
+        for position in (6, 7, 9):
+            cursor = cursor.after(self.call(position, (1, position)))
+            self.assertEqual(cursor, (CallID(position, 0), CallID(position, 0), ()))
+
+    def test_early_calls_are_in_the_id(self) -> None:
+        cursor = Cursor.of(CallID(1_763_870_000_000, 3)).after(self.call(0, (73_550_214, 42)))
+        self.assertRegex(str(cursor.id), r"^\d{13}-1176387000000000000000037355021400000004" "2$")
+        self.assertEqual(Cursor.of(cursor.id), cursor)
+        self.assertTrue(cursor.has(self.call(0, (73_550_214, 41))))
+        self.assertFalse(cursor.has(self.call(0, (73_550_214, 43))))
+        self.assertFalse(cursor.has(self.call(0, (73_550_215, 1))))
+        # As long as a call before it is missing, the IDs say so; then they are the stream's again.
+        late = cursor.after(self.call(9_000_000_000_000, (73_550_214, 41)))
+        self.assertEqual(late.marks, (Mark(73_550_214, 42),))
+        self.assertGreater(late.id, cursor.id)
+        self.assertEqual(Cursor.of(late.id), late)
+        last = late.after(self.call(9_000_000_000_001, (73_550_214, 42)))
+        self.assertEqual(last.id, (9_000_000_000_001, 0))
+
+    def test_ids_of_any_text_are_cursors(self) -> None:
+        for sequence in (0, 10**20, 10**23, 10**24 - 1, 10**40 - 7, 10**399):
+            cursor = Cursor.of(CallID(7, sequence))
+            self.assertGreater(cursor.after(self.call(0, (1, 1))).id, cursor.id)
+
+    def test_nodes_that_were_cut_off_in_any_way(self) -> None:
+        """Model: a browser moves between nodes that hear the stream late and call early."""
+        for seed in range(150):
+            with self.subTest(seed), contextlib.closing(Model(random.Random(seed))) as model:
+                model.run(self)
+
+
+class Model:
+    """Three real hubs without threads, a stream, and a browser that moves between them.
+
+    Redis is cut off from each hub at any time, calls come in everywhere, a link that broke may
+    have brought its last batch into the stream or may do so much later.
+    """
+
+    def __init__(self, chance: random.Random) -> None:
+        self.chance = chance
+        self.stream: list[Entry] = []
+        self.calls = 0
+        # Redis's clock is decades behind ours, or centuries ahead.
+        self.clock = chance.choice((1_000, 9_000_000_000_000))
+        self.hubs = [ModelHub(self) for _ in range(3)]
+
+    def run(self, test: unittest.TestCase) -> None:
+        heard: list[str] = []
+        last = CallID(0, 0)
+        for _ in range(30):
+            hub = self.chance.choice(self.hubs)
+            with hub.browser(last) as browser:
+                for _ in range(self.chance.randrange(8)):
+                    self.step()
+                calls = hub.heard(browser)
+                # The rest is lost with the connection.
+                for phone, call_id in calls[: self.chance.randrange(len(calls) + 4)]:
+                    test.assertGreater(call_id, last)
+                    last = call_id
+                    heard.append(phone)
+        with hub.browser(last) as browser:
+            for each in self.hubs:
+                each.flush()
+            for each in self.hubs:
+                each.read(len(self.stream))
+            heard += [phone for phone, _ in hub.heard(browser)]
+        test.assertEqual(sorted(heard, key=int), [str(n) for n in range(self.calls)])
+
+    def step(self) -> None:
+        self.clock += self.chance.choice((0, 0, 1, 7))
+        hub = self.chance.choice(self.hubs)
+        steps: list[Callable[[], None]] = [hub.call, hub.call, hub.write, hub.lose_link]
+        steps += [
+            hub.be_patient,
+            hub.run_out_of_patience,
+            lambda: hub.read(2),
+            lambda: hub.read(99),
+        ]
+        self.chance.choice(steps)()
+
+    def close(self) -> None:
+        for hub in self.hubs:
+            hub.close()
+
+
+class ModelHub:
+    """A hub whose Relay and I/O thread are the steps of a model."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        config, _ = parse_config(b"SECRET_TOKEN=t\nHISTORY=86400", "f")
+        url = popup_notifier.parse_redis_url("redis://h")
+        manager = popup_notifier.ServiceManager({})
+        self.hub = popup_notifier.SharedHub(config, 10, url, manager)
+        self.hub.start_time -= 86400
+        self.stuck: list[list[popup_notifier.Pending]] = []
+        self.link()
+
+    def close(self) -> None:
+        for waker in (self.hub._waker, self.hub._relay._waker):
+            waker._reader.close()
+            waker._writer.close()
+        self.hub._selector.close()
+        self.hub._relay._selector.close()
+
+    def link(self) -> None:
+        self.hub.catch_up_from(self.model.clock, CallID(0, 0))
+        self.can_write = True
+
+    def call(self) -> None:
+        parameters = {"phone": str(self.model.calls), "exten": "all"}
+        self.model.calls += 1
+        self.hub.broadcast(parameters, "", lambda: None)
+
+    def be_patient(self) -> None:
+        self.hub._relay.state = popup_notifier.RelayState.UP
+
+    def run_out_of_patience(self) -> None:
+        self.hub._relay.state = popup_notifier.RelayState.AWAY
+        self.hub.deliver_early(float("inf"))
+
+    def write(self) -> None:
+        if not self.can_write:
+            self.link()
+        self.append(self.hub.next_batch())
+
+    def lose_link(self) -> None:
+        """Lose the link with a batch on its way, or let such a one arrive after all."""
+        if self.stuck and self.model.chance.random() < 0.5:
+            self.append(self.stuck.pop(0))
+        elif self.can_write:
+            self.can_write = False
+            self.stuck.append(self.hub.next_batch())
+
+    def flush(self) -> None:
+        for batch in self.stuck:
+            if self.model.chance.random() < 0.5:
+                self.append(batch)
+        self.run_out_of_patience()
+        self.link()
+        self.write()
+
+    def append(self, batch: list[popup_notifier.Pending]) -> None:
+        for pending in batch:
+            position = CallID(self.model.clock, len(self.model.stream))
+            entry = Entry(position, pending.mark, 0.0, "", dict(pending.parameters))
+            self.model.stream.append(entry)
+
+    def read(self, count: int) -> None:
+        position = self.hub._cursor.position
+        self.hub.receive([each for each in self.model.stream if each.position > position][:count])
+
+    @contextlib.contextmanager
+    def browser(self, since: CallID) -> Iterator[socket.socket]:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        subscriber = popup_notifier.Subscriber(ours, ip_address("::1"), since=since)
+        self.hub.subscribe(subscriber, b"")
+        with theirs:
+            yield theirs
+        self.hub._take_over()
+        self.hub._abort(subscriber)
+
+    def heard(self, browser: socket.socket) -> list[tuple[str, CallID]]:
+        """Return what the browser has heard since its connection began."""
+        self.hub._take_over()
+        data, start, calls = browser.recv(1 << 20), 0, []
+        while start < len(data):
+            end = start + popup_notifier.frame_size(data, start)
+            message = json.loads(data[data.index(b'{"type"', start) : end])
+            start = end
+            if message["type"] == "CALL_IN":
+                calls.append((message["phone"], popup_notifier.parse_id(message["id"])))
+        return calls
+
+
+class Redis:
+    """A real redis-server in a folder of its own, which survives being killed."""
+
+    def __init__(self, *options: str) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.port = free_port()
+        self.path = str(Path(self.folder.name, "redis.sock"))
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.options = options
+        self.start()
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        self.process = subprocess.Popen(
+            [
+                *("redis-server", "--port", str(self.port), "--bind", "127.0.0.1"),
+                *("--unixsocket", self.path, "--dir", self.folder.name, "--save", ""),
+                *("--appendonly", "yes", *self.options),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + TIMEOUT
+        while True:
+            try:
+                self.ask("PING")
+            except (OSError, RedisError) as error:
+                if str(error).startswith("NOAUTH"):
+                    return
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise AssertionError(f"redis-server does not answer: {error}") from None
+                time.sleep(0.01)
+            else:
+                return
+
+    def __enter__(self) -> Redis:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self.folder.cleanup()
+
+    def kill(self) -> None:
+        """End it without warning."""
+        self.process.kill()
+        self.process.wait()
+
+    def ask(self, *words: object) -> Any:
+        """Return the reply to a command."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(TIMEOUT)
+            sock.connect(self.path)
+            sock.sendall(popup_notifier.serialize_command(*words))
+            codec = popup_notifier.RESP()
+            while True:
+                data = sock.recv(65536)
+                if not data:
+                    raise ConnectionError
+                codec.receive_data(data)
+                for reply in codec.replies_received():
+                    popup_notifier.check_replies([reply])
+                    return reply
+
+
+def redis_metrics(daemon: Daemon) -> dict[str, float]:
+    """Return what /metrics says of Redis."""
+    answer = daemon.exchange(b"GET /metrics HTTP/1.1\r\nHost: h\r\n\r\n").decode()
+    found = re.findall(r"^popup_notifier_(redis\S*) (\S+)$", answer, re.MULTILINE)
+    return {name: float(value) for name, value in found}
+
+
+def is_plain(message: dict[str, Any]) -> bool:
+    """Tell whether a call's ID is the stream's."""
+    return len(message["id"]) < 24
+
+
+UP = "Redis is up"
+AWAY = "Redis is away"
+
+
+@needs("redis-server")
+class TestRelay(unittest.TestCase):
+    """Several daemons and a real Redis."""
+
+    def pair(self, stack: contextlib.ExitStack, redis: Redis) -> tuple[Daemon, Daemon]:
+        one, other = (stack.enter_context(Daemon(REDIS_URL=redis.url)) for _ in range(2))
+        for daemon in (one, other):
+            daemon.wait_for_log(UP)
+        return one, other
+
+    def test_call_reaches_the_browsers_of_every_daemon_in_one_order(self) -> None:
+        with Redis() as redis, contextlib.ExitStack() as stack:
+            daemons = self.pair(stack, redis)
+            browsers = [stack.enter_context(each.browser()) for each in daemons]
+            with ThreadPoolExecutor(8) as pool:
+                numbers = range(200)
+                done = [pool.submit(daemons[n % 2].trigger, phone=str(n)) for n in numbers]
+            self.assertEqual({each.result() for each in done}, {200})
+            first, second = ([each.message() for _ in numbers] for each in browsers)
+            self.assertEqual(first, second)
+            self.assertEqual(len({each["phone"] for each in first}), len(numbers))
+            entries = [
+                name.decode() for name, _ in redis.ask("XRANGE", "popup-notifier", "-", "+")
+            ]
+            self.assertEqual([each["id"] for each in first], entries)
+            health = daemons[0].exchange(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n").decode()
+            self.assertIn(f"\nRedis up: calls are shared by 127.0.0.1:{redis.port}\n", health)
+            metrics = redis_metrics(daemons[1])
+            self.assertEqual(
+                [name for name, value in metrics.items() if value], ['redis{state="up"}']
+            )
+            self.assertEqual(len(metrics), 6)
+
+    def test_position_is_the_same_on_every_daemon(self) -> None:
+        with Redis() as redis, contextlib.ExitStack() as stack:
+            one, other = self.pair(stack, redis)
+            with one.browser("?since=") as browser:
+                browser.hello()
+                for number in range(4):
+                    (one, other)[number % 2].trigger(
+                        f"&exten={201 + number % 2}", phone=str(number)
+                    )
+                position = browser.message()["id"]
+            for daemon in (one, other):
+                for query, expected in (("", "123"), ("&exten=202", "13")):
+                    with daemon.browser(f"?since={position}{query}") as browser:
+                        self.assertTrue(browser.hello()["complete"])
+                        messages = [browser.message() for _ in expected]
+                    self.assertEqual([each["phone"] for each in messages], [*expected])
+                    self.assertTrue(all(each["replayed"] for each in messages))
+
+    def test_history_survives_a_restart_of_all_daemons(self) -> None:
+        with Redis() as redis:
+            with Daemon(REDIS_URL=redis.url) as daemon:
+                daemon.trigger()
+                with daemon.browser("?since=") as browser:
+                    position = browser.hello()["id"]
+                for number in range(3):
+                    daemon.trigger(phone=str(number))
+            with Daemon(REDIS_URL=redis.url) as daemon:
+                with daemon.browser(f"?since={position}") as browser:
+                    self.assertTrue(browser.hello()["complete"])
+                    self.assertEqual(browser.phones(3), ["0", "1", "2"])
+                with daemon.browser("?since=1-0") as browser:
+                    self.assertFalse(browser.hello()["complete"])
+                with daemon.browser() as browser:
+                    daemon.trigger(phone="3")
+                    self.assertEqual(browser.phones(1), ["3"])
+
+    def test_without_redis_calls_are_delivered_here_and_shared_later(self) -> None:
+        with Redis() as redis, contextlib.ExitStack() as stack:
+            one, other = self.pair(stack, redis)
+            here = stack.enter_context(one.browser("?since="))
+            there = stack.enter_context(other.browser("?exten=201"))
+            here.hello()
+            redis.kill()
+            for daemon in (one, other):
+                daemon.wait_for_log(AWAY)
+            start = time.monotonic()
+            for number in range(20):
+                self.assertEqual(one.trigger(f"&exten={201 + number % 2}", phone=str(number)), 200)
+                message = here.message()
+                self.assertEqual((message["phone"], is_plain(message)), (str(number), False))
+            self.assertLess(time.monotonic() - start, 20 * popup_notifier.REDIS_PATIENCE)
+            self.assertEqual(redis_metrics(one)["redis_waiting_calls"], 20)
+            # On a daemon that has not heard of them, the ID alone says what was heard.
+            moved = stack.enter_context(other.browser(f"?since={message['id']}"))
+            self.assertTrue(moved.hello()["complete"])
+            redis.start()
+            one.wait_for_log(UP, 2)
+            self.assertEqual(there.phones(10), [str(number) for number in range(0, 20, 2)])
+            other.wait_for_log("call .*from 127", 20)
+            other.wait_for_log(UP, 2)
+            other.trigger(phone="last")
+            for browser in (here, there, moved):
+                self.assertEqual(browser.phones(1), ["last"])
+            for daemon in (one, other):
+                self.assertEqual(len(daemon.wait_for_log(AWAY)), 1)
+
+    def test_call_that_comes_late_says_so(self) -> None:
+        with Redis() as redis, contextlib.ExitStack() as stack:
+            one, other = self.pair(stack, redis)
+            here = stack.enter_context(one.browser())
+            there = stack.enter_context(other.browser())
+            redis.kill()
+            one.wait_for_log(AWAY)
+            one.trigger()
+            first = here.message()
+            # Late is whatever has waited for longer than a second.
+            while redis_metrics(one)["redis_lag_seconds"] < 1.1:
+                one.wait_for_log("listens on")
+            redis.start()
+            late = there.message()
+        self.assertNotIn("replayed", first)
+        self.assertTrue(late["replayed"])
+        self.assertLess(late["time"], call_id(late)[0] - 1000)
+
+    def test_call_that_waits_too_long_is_given_up(self) -> None:
+        with Redis() as redis, Daemon(REDIS_URL=redis.url, HISTORY=1) as daemon:
+            daemon.wait_for_log(UP)
+            redis.kill()
+            daemon.wait_for_log(AWAY)
+            daemon.trigger()
+            deadline = time.monotonic() + TIMEOUT
+            while redis_metrics(daemon)["redis_lost_calls_total"] < 1:
+                self.assertLess(time.monotonic(), deadline)
+            redis.start()
+            daemon.wait_for_log("1 calls did not reach the other nodes")
+            self.assertEqual(redis.ask("EXISTS", "popup-notifier"), 0)
+
+    def test_stopped_redis_delays_nobody(self) -> None:
+        with Redis() as redis, contextlib.ExitStack() as stack:
+            one, other = self.pair(stack, redis)
+            here = stack.enter_context(one.browser())
+            there = stack.enter_context(other.browser())
+            redis.process.send_signal(signal.SIGSTOP)
+            try:
+                delays = []
+                for number in range(10):
+                    start = time.monotonic()
+                    self.assertEqual(one.trigger(phone=str(number)), 200)
+                    self.assertEqual(here.phones(1), [str(number)])
+                    delays.append(time.monotonic() - start)
+                one.wait_for_log("Redis is slow")
+            finally:
+                redis.process.send_signal(signal.SIGCONT)
+            self.assertGreater(delays[0], 0.09)  # REDIS_PATIENCE, for one call only
+            self.assertLess(delays[0], 0.5)
+            self.assertLess(sorted(delays[1:])[4], 0.05)
+            one.wait_for_log("shared by .* again")
+            self.assertEqual(there.phones(10), [str(number) for number in range(10)])
+            other.trigger(phone="last")
+            self.assertEqual((here.phones(1), there.phones(1)), (["last"], ["last"]))
+
+    def test_waiting_trigger_keeps_nobody_else_waiting(self) -> None:
+        with Redis() as redis, Daemon(REDIS_URL=redis.url) as daemon:
+            daemon.wait_for_log(UP)
+            redis.process.send_signal(signal.SIGSTOP)
+            try:
+                with daemon.connect() as sock:
+                    sock.sendall(trigger_request("?phone=1&token={token}", "", b""))
+                    daemon.browser().sock.close()
+                    sock.setblocking(False)
+                    self.assertRaises(BlockingIOError, sock.recv, 1)
+                    sock.settimeout(TIMEOUT)
+                    self.assertEqual(status_of(receive_all(sock)), 200)
+            finally:
+                redis.process.send_signal(signal.SIGCONT)
+
+    def test_refusals_are_one_clear_line_and_the_daemon_runs(self) -> None:
+        options = ("--requirepass", REDIS_PASSWORD)
+        with Redis(*options) as redis:
+            password = quote(REDIS_PASSWORD, safe="")
+            address = f"127.0.0.1:{redis.port}"
+            for login, expected in [
+                ("", "NOAUTH Authentication required."),
+                (":wrong@", "WRONGPASS "),
+                (f"nobody:{password}@", "WRONGPASS "),
+            ]:
+                with self.subTest(login), Daemon(REDIS_URL=f"redis://{login}{address}") as daemon:
+                    daemon.wait_for_log(f'{AWAY}: {address} refuses: "{expected}')
+                    with daemon.browser() as browser:
+                        self.assertEqual(daemon.trigger(), 200)
+                        self.assertEqual(browser.phones(1), ["0312345678"])
+                    self.assertEqual(len(daemon.wait_for_log(AWAY)), 1)
+                    self.assertNotIn("wrong", "".join(daemon.lines))
+            url = f"redis://:{password}@{address}/3?stream=calls"
+            with Daemon(REDIS_URL=url) as daemon:
+                daemon.wait_for_log(UP)
+                self.assertEqual(daemon.trigger(), 200)
+                self.assertNotIn(REDIS_PASSWORD, "".join(daemon.lines))
+            done = subprocess.run(
+                [sys.executable, str(PROGRAM), "--check", "--config", str(self.config(url))],
+                capture_output=True,
+                text=True,
+            )
+            self.assertIn("REDIS_URL=(hidden)\n", done.stdout)
+            self.assertNotIn(password, done.stdout + done.stderr)
+
+    def config(self, url: str) -> Path:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        path = Path(folder.name, "popup-notifier.conf")
+        path.touch(0o600)
+        path.write_text(f"SECRET_TOKEN=t\nREDIS_URL={url}\n")
+        return path
+
+    def test_user_with_the_rights_that_the_readme_gives(self) -> None:
+        with Redis() as redis:
+            rights = "~popup-notifier +xadd +xread +xrevrange +time +ping +multi +exec".split()
+            redis.ask("ACL", "SETUSER", "popup", "on", ">pw", *rights)
+            redis.ask("ACL", "SETUSER", "poor", "on", ">pw", *rights, "-xadd")
+            address = f"127.0.0.1:{redis.port}"
+            with Daemon(REDIS_URL=f"redis://popup:pw@{address}") as daemon:
+                daemon.wait_for_log(UP)
+                self.assertEqual(daemon.trigger(), 200)
+                self.assertEqual(redis.ask("XLEN", "popup-notifier"), 1)
+            with Daemon(REDIS_URL=f"redis://poor:pw@{address}") as daemon:
+                with daemon.browser() as browser:
+                    self.assertEqual(daemon.trigger(), 200)
+                    self.assertEqual(browser.phones(1), ["0312345678"])
+                daemon.wait_for_log(f'{AWAY}: {address} refuses: "NOPERM')
+
+    def test_key_that_holds_something_else(self) -> None:
+        with Redis() as redis:
+            redis.ask("SET", "popup-notifier", "a text")
+            with Daemon(REDIS_URL=redis.url) as daemon:
+                daemon.wait_for_log(f'{AWAY}: .* refuses: "WRONGTYPE')
+                self.assertEqual(daemon.trigger(), 200)
+                redis.ask("DEL", "popup-notifier")
+                daemon.wait_for_log(UP)
+                self.assertEqual(redis.ask("XLEN", "popup-notifier"), 1)
+
+    def test_entries_that_are_not_ours_are_passed_over(self) -> None:
+        strange = [("a", "b"), ("node", "1"), ("node", "x", "number", "1", "parameters", "{}")]
+        ours = ("node", "1", "number", "1", "age", "0", "source", "", "parameters")
+        with Redis() as redis, Daemon(REDIS_URL=redis.url) as daemon:
+            daemon.wait_for_log(UP)
+            with daemon.browser() as browser:
+                for words in [*strange, *((*ours, text) for text in ("{", "[]", '{"phone": 1}'))]:
+                    redis.ask("XADD", "popup-notifier", "*", *words)
+                daemon.trigger()
+                self.assertEqual(browser.phones(1), ["0312345678"])
+            self.assertEqual(len(daemon.wait_for_log("is passed over", 6)), 6)
+
+    def test_ids_increase_when_redis_has_forgotten_all(self) -> None:
+        with Redis() as redis, contextlib.ExitStack() as stack:
+            daemons = self.pair(stack, redis)
+            browser = stack.enter_context(daemons[1].browser())
+            # A clock that is decades ahead, as far as the stream's order goes.
+            redis.ask("XADD", "popup-notifier", "4000000000000-5", "resumed", "1")
+            daemons[0].trigger()
+            first = browser.message()
+            self.assertEqual(first["id"], "4000000000000-6")
+            redis.kill()
+            shutil.rmtree(Path(redis.folder.name, "appendonlydir"), ignore_errors=True)
+            Path(redis.folder.name, "appendonly.aof").unlink(missing_ok=True)
+            redis.start()
+            for daemon in daemons:
+                daemon.wait_for_log("Redis has lost calls|Redis is away")
+                daemon.wait_for_log(UP, 2)
+            daemons[0].trigger()
+            self.assertEqual(browser.message()["id"], "4000000000000-7")
+
+    def test_unix_socket(self) -> None:
+        with Redis() as redis, Daemon(REDIS_URL=f"unix://{redis.path}?db=2") as daemon:
+            daemon.wait_for_log(f"calls are shared by {redis.path}")
+            self.assertEqual(daemon.trigger(), 200)
+
+    @needs("openssl")
+    def test_tls(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            certificates = Certificates(folder)
+            keys = certificates.make("redis")
+            tls_port = free_port()
+            options = ["--tls-port", str(tls_port), "--tls-auth-clients", "no"]
+            options += ["--tls-cert-file", keys["CERT_FILE"], "--tls-key-file", keys["KEY_FILE"]]
+            url = f"rediss://127.0.0.1:{tls_port}"
+            trust = {"SSL_CERT_FILE": certificates.path("ca.pem")}
+            with Redis(*options), Daemon(REDIS_URL=url, environ=trust) as daemon:
+                daemon.wait_for_log(UP)
+                with daemon.browser() as browser:
+                    for number in range(30):
+                        self.assertEqual(
+                            daemon.trigger(f"&name={'x' * 2000}", phone=str(number)), 200
+                        )
+                    self.assertEqual(browser.phones(30), [str(number) for number in range(30)])
+                self.assertEqual(len(daemon.wait_for_log("Redis is ")), 1)
+            with Redis(*options), Daemon(REDIS_URL=url) as daemon:
+                daemon.wait_for_log(f"{AWAY}: .*certificate")
+
+    def test_without_a_url_nothing_changes(self) -> None:
+        with Daemon() as daemon, daemon.browser() as browser:
+            daemon.trigger()
+            self.assertRegex(browser.message()["id"], r"^\d{13}-0$")
+            self.assertEqual(daemon.status("Threads"), 2)
+            self.assertEqual(redis_metrics(daemon), {})
+            self.assertNotIn("Redis", "".join(daemon.lines))
+
+
+class Agent(threading.Thread):
+    """A browser that recovers: it loses its connection all the time, here and there."""
+
+    def __init__(self, home: int, daemons: list[Daemon], chance: random.Random) -> None:
+        super().__init__(daemon=True)
+        self.home = home
+        self.daemons = daemons
+        self.chance = chance
+        self.messages: list[dict[str, Any]] = []
+        self.heard: set[str] = set()
+        self.is_complete = True
+        self.position = ""
+
+    def run(self) -> None:
+        while "end" not in self.heard:
+            daemon = self.daemons[self.home]
+            if self.chance.random() < 0.3:
+                daemon = self.chance.choice(self.daemons)
+            try:
+                with daemon.browser(f"?since={self.position}") as browser:
+                    self.listen(browser, self.chance.choice((3, 30, 300)))
+            except (OSError, EOFError, AssertionError):
+                time.sleep(0.02)  # its back-off
+
+    def listen(self, browser: Browser, count: int) -> None:
+        hello = browser.hello()
+        self.is_complete &= hello["complete"]
+        self.position = self.position or hello["id"]
+        while count and "end" not in self.heard:
+            message = browser.message()
+            self.position = message["id"]  # of an ALIVE, too
+            if message["type"] == "CALL_IN":
+                self.messages.append(message)
+                self.heard.add(message["phone"])
+                count -= 1
+
+
+@needs("redis-server")
+class TestRelayUnderFire(unittest.TestCase):
+    """Three daemons, sixty browsers, and everything is killed."""
+
+    def test_every_browser_gets_every_call_exactly_once(self) -> None:
+        with Redis() as redis, contextlib.ExitStack() as stack:
+            keys: dict[str, Any] = {"REDIS_URL": redis.url, "PING_INTERVAL": 1}
+            daemons = [stack.enter_context(Daemon(**keys)) for _ in range(3)]
+            for daemon in daemons:
+                daemon.wait_for_log(UP)
+            agents = [Agent(n % 3, daemons, random.Random(n)) for n in range(60)]
+            for agent in agents:
+                agent.start()
+            self.wait_until(lambda: all(agent.position for agent in agents))
+            is_over = threading.Event()
+            answered: list[set[str]] = [set() for _ in daemons]
+            callers = [
+                threading.Thread(target=self.call, args=(daemons, n, answered[n], is_over))
+                for n in range(3)
+            ]
+            for caller in callers:
+                caller.start()
+            for _ in range(2):
+                self.wait_for_calls(answered, 30)
+                self.lose_redis(redis, daemons, answered)
+            self.lose_daemon(daemons, stack, keys, answered)
+            is_over.set()
+            for caller in callers:
+                caller.join()
+            self.wait_until(lambda: not any(waiting_calls(each) for each in daemons))
+            self.assertEqual(daemons[0].trigger(phone="end"), 200)
+            for agent in agents:
+                agent.join(TIMEOUT)
+            for agent in agents:
+                self.check(agent, set().union(*answered))
+            self.check_order(agents)
+
+    def call(
+        self, daemons: list[Daemon], index: int, answered: set[str], is_over: threading.Event
+    ) -> None:
+        for number in itertools.count():
+            if is_over.wait(0.01):
+                return
+            phone = f"{index}{number:05}"
+            try:
+                if daemons[index].trigger(phone=phone) == 200:
+                    answered.add(phone)
+            except OSError:
+                continue  # it is being killed; nobody has promised anything
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + TIMEOUT
+        while not condition():
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.01)
+
+    def wait_for_calls(self, answered: list[set[str]], count: int) -> None:
+        """Wait until each daemon has answered so many more triggers."""
+        wanted = [len(each) + count for each in answered]
+        self.wait_until(lambda: all(len(a) >= n for a, n in zip(answered, wanted)))
+
+    def lose_redis(self, redis: Redis, daemons: list[Daemon], answered: list[set[str]]) -> None:
+        ups = [len(daemon.wait_for_log(UP)) for daemon in daemons]
+        redis.kill()
+        self.wait_for_calls(answered, 30)
+        redis.start()
+        for daemon, count in zip(daemons, ups):
+            daemon.wait_for_log(UP, count + 1)
+
+    def lose_daemon(
+        self,
+        daemons: list[Daemon],
+        stack: contextlib.ExitStack,
+        keys: dict[str, Any],
+        answered: list[set[str]],
+    ) -> None:
+        """Kill a daemon while calls go on; let it come back a little later."""
+        self.wait_until(lambda: not waiting_calls(daemons[2]))
+        self.wait_for_calls(answered, 10)
+        daemons[2].process.kill()
+        daemons[2].process.wait()
+        self.wait_for_calls(answered[:2], 30)
+        port = daemons[2].port
+        again = Daemon(**keys, PORT=port)
+        again.port = port
+        daemons[2] = stack.enter_context(again)
+        self.wait_for_calls(answered, 30)
+
+    def check(self, agent: Agent, answered: set[str]) -> None:
+        self.assertIn("end", agent.heard)
+        self.assertTrue(agent.is_complete)
+        phones = [message["phone"] for message in agent.messages]
+        self.assertEqual(len(phones), len(set(phones)), "a call came twice")
+        self.assertEqual(answered - agent.heard, set(), "calls are missing")
+        ids = [call_id(message) for message in agent.messages]
+        self.assertEqual(ids, sorted(set(ids)))
+
+    def check_order(self, agents: list[Agent]) -> None:
+        """Where the IDs are the stream's, they name the same call for everybody."""
+        names: dict[str, str] = {}
+        for agent in agents:
+            for message in filter(is_plain, agent.messages):
+                self.assertEqual(
+                    names.setdefault(message["id"], message["phone"]), message["phone"]
+                )
+        self.assertGreater(len(names), 200)
+
+
+def waiting_calls(daemon: Daemon) -> float:
+    """Return how many of a daemon's calls are not in the stream."""
+    return redis_metrics(daemon)["redis_waiting_calls"]
 
 
 # --- 8. systemd --------------------------------------------------------------------------------
