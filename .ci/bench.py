@@ -7,6 +7,7 @@
     table   speed, memory and threads at 1,000 and 10,000 browsers (4 minutes; --quick: 1)
     extens  10,000 browsers with an extension each: what a call to one of them costs (1 minute)
     tls     a delivery over TLS against one in the clear (half a minute; needs openssl)
+    redis   what the trip over Redis adds, and 1, 2 and 4 daemons (1 minute; needs redis-server)
     soak    200,000 calls, 20,000 connects and disconnects: what is left of them (2 minutes)
 
 `floor.c` is a bare send() loop, `swarm.c` plays the browsers and the PBX; both are compiled into
@@ -20,9 +21,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import platform
 import resource
+import selectors
 import socket
 import ssl
 import statistics
@@ -31,7 +34,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -97,7 +102,7 @@ class Bench:
     def daemon(self, **keys: str) -> Iterator[Server]:
         """Run the daemon; `keys` add to its configuration."""
         port = free_port()
-        config = self.folder / "popup-notifier.conf"
+        config = self.folder / f"{port}.conf"
         lines = [f"{key}={value}\n" for key, value in {**CONFIG, "PORT": port, **keys}.items()]
         config.write_text("".join(lines), encoding="utf-8")
         command = [sys.executable, str(PROGRAM), "--config", str(config)]
@@ -466,13 +471,116 @@ def cpu_per_call(server: Server, exten: str, calls: int) -> float:
     return (spent - before) / calls * 1e3
 
 
-def everything(bench: Bench, options: Options) -> bool:
-    """Print all tables, one after the other."""
-    verdicts = [scenario(bench, options) for scenario in (table, extens, tls, soak)]
+REDIS_ADDS = 2.0  # milliseconds that the trip over Redis may add to a call, median
+REDIS_BURST = 500  # calls to every daemon's browsers
+CALL = b'"CALL_IN"'
+
+
+@contextlib.contextmanager
+def redis_server(folder: Path) -> Iterator[str]:
+    """Run Redis as a company would, on persistent storage; return its URL."""
+    port = free_port()
+    command = f"redis-server --port {port} --bind 127.0.0.1 --appendonly yes --save".split()
+    with running([*command, "", "--dir", str(folder)], port, folder):
+        yield f"redis://127.0.0.1:{port}"
+
+
+def redis(bench: Bench, options: Options) -> bool:
+    """Print what the trip over Redis adds to a call, and what several daemons deliver."""
+    load = {"rounds": 300 if options.quick else 2000, "warmup": 20, "gap_ms": 2}
+    with redis_server(bench.folder) as url:
+        with bench.daemon() as server:
+            local = bench.swarm(server, 10, **load)["last_ms"]
+        with bench.daemon(REDIS_URL=url) as one, bench.daemon(REDIS_URL=url) as other:
+            same = bench.swarm(one, 10, **load)["last_ms"]
+            across = bench.swarm(one, 10, trigger_port=other.port, **load)["last_ms"]
+        print_head(
+            "trigger to the last of 10 browsers", "median", "p99", "adds", "must", "verdict"
+        )
+        print_row("without Redis", show(local["p50"], "ms"), show(local["p99"], "ms"), "", "", "")
+        verdicts = []
+        for name, figures in (("over Redis", same), ("over Redis, to another daemon", across)):
+            added = figures["p50"] - local["p50"]
+            verdicts.append(added <= REDIS_ADDS)
+            cells = [show(each, "ms") for each in (figures["p50"], figures["p99"], added)]
+            print_row(name, *cells, f"<= {REDIS_ADDS:g} ms", verdict(verdicts[-1]))
+        print()
+        print_head("daemons", "browsers", "calls", "deliveries", "CPU per delivery")
+        for daemons in (1, 2, 4):
+            redis_burst(bench, url, daemons, REDIS_BURST // 5 if options.quick else REDIS_BURST)
     return all(verdicts)
 
 
-SCENARIOS = {"table": table, "extens": extens, "tls": tls, "soak": soak, "all": everything}
+def redis_burst(bench: Bench, url: str, daemons: int, calls: int) -> None:
+    """Print how fast so many daemons deliver calls that are triggered at all of them."""
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(bench.daemon(REDIS_URL=url)) for _ in range(daemons)]
+        ports = [server.port for server in servers]
+        browsers = [
+            stack.enter_context(subscribe(port, 100)) for port in ports * (MANY // daemons)
+        ]
+        clocks = [~server.pid << 3 | 2 for server in servers]
+        reader, writer = multiprocessing.Pipe(duplex=False)
+        counter = multiprocessing.get_context("fork").Process(
+            target=count_calls, args=(browsers, calls, writer)
+        )
+        before = sum(map(time.clock_gettime, clocks))
+        start = time.monotonic()
+        counter.start()
+        with ThreadPoolExecutor(CONCURRENCY) as pool:
+            list(pool.map(trigger, [ports[number % daemons] for number in range(calls)]))
+        if not reader.poll(60):
+            raise RunError(f"{daemons} daemons: calls are missing")
+        seconds = time.monotonic() - start
+        cpu = sum(map(time.clock_gettime, clocks)) - before
+        counter.join()
+    total = calls * len(browsers)
+    cells = (f"{len(browsers):,}", f"{calls:,}", show(total / seconds, "/s"))
+    print_row(str(daemons), *cells, show(cpu / total * 1e6, "µs"))
+
+
+def trigger(port: int) -> None:
+    """Trigger a call."""
+    with socket.create_connection(("127.0.0.1", port), START_TIMEOUT) as sock:
+        sock.sendall(b"POST /api/trigger?phone=1&exten=100&token=bench HTTP/1.0\r\n\r\n")
+        while sock.recv(4096):
+            pass
+
+
+def count_calls(browsers: list[socket.socket], calls: int, writer: Connection) -> None:
+    """Read until every browser has got so many calls; tell."""
+    selector = selectors.DefaultSelector()
+    heard = dict.fromkeys(browsers, 0)
+    tails = dict.fromkeys(browsers, b"")
+    for each in browsers:
+        selector.register(each, selectors.EVENT_READ)
+    waiting = len(browsers)
+    while waiting:
+        for key, _ in selector.select():
+            browser: Any = key.fileobj
+            data = tails[browser] + browser.recv(1 << 20)
+            heard[browser] += data.count(CALL)
+            tails[browser] = data[1 - len(CALL) :]
+            if heard[browser] == calls:
+                selector.unregister(browser)
+                waiting -= 1
+    writer.send(True)
+
+
+def everything(bench: Bench, options: Options) -> bool:
+    """Print all tables, one after the other."""
+    verdicts = [scenario(bench, options) for scenario in (table, extens, tls, redis, soak)]
+    return all(verdicts)
+
+
+SCENARIOS = {
+    "table": table,
+    "extens": extens,
+    "tls": tls,
+    "redis": redis,
+    "soak": soak,
+    "all": everything,
+}
 
 
 def parse_args() -> tuple[str, Options]:
