@@ -2690,21 +2690,28 @@ class TestRelay(unittest.TestCase):
         path.write_text(f"SECRET_TOKEN=t\nREDIS_URL={url}\n")
         return path
 
-    def test_user_with_the_rights_that_the_readme_gives(self) -> None:
-        with Redis() as redis:
-            rights = "~popup-notifier +xadd +xread +xrevrange +time +ping +multi +exec".split()
-            redis.ask("ACL", "SETUSER", "popup", "on", ">pw", *rights)
-            redis.ask("ACL", "SETUSER", "poor", "on", ">pw", *rights, "-xadd")
-            address = f"127.0.0.1:{redis.port}"
-            with Daemon(REDIS_URL=f"redis://popup:pw@{address}") as daemon:
-                daemon.wait_for_log(UP)
-                self.assertEqual(daemon.trigger(), 200)
-                self.assertEqual(redis.ask("XLEN", "popup-notifier"), 1)
-            with Daemon(REDIS_URL=f"redis://poor:pw@{address}") as daemon:
-                with daemon.browser() as browser:
+    def test_configuration_of_the_readme(self) -> None:
+        (block,) = (block for block in readme_blocks("text") if "appendonly" in block)
+        (line,) = (block for block in readme_blocks("ini") if "REDIS_URL" in block)
+        user = next(row for row in block.splitlines() if row.startswith("user popup "))
+        poor = user.replace("user popup ", "user poor ").replace(" +xadd", "")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "redis.conf")
+            path.write_text(block.replace("192.0.2.20", "127.0.0.2") + poor + "\n")
+            with Redis("--include", str(path)) as redis:
+                address = f"127.0.0.2:{redis.port}"
+                url = line.strip().partition("=")[2].replace("redis.example.com:6379", address)
+                with Daemon(REDIS_URL=url) as daemon:
+                    daemon.wait_for_log(UP)
                     self.assertEqual(daemon.trigger(), 200)
-                    self.assertEqual(browser.phones(1), ["0312345678"])
-                daemon.wait_for_log(f'{AWAY}: {address} refuses: "NOPERM')
+                    with daemon.browser("?since=0-0") as browser:
+                        browser.hello()
+                        self.assertTrue(is_plain(browser.message()))
+                with Daemon(REDIS_URL=url.replace("popup:", "poor:")) as daemon:
+                    with daemon.browser() as browser:
+                        self.assertEqual(daemon.trigger(), 200)
+                        self.assertEqual(browser.phones(1), ["0312345678"])
+                    daemon.wait_for_log(f'{AWAY}: {address} refuses: "NOPERM')
 
     def test_key_that_holds_something_else(self) -> None:
         with Redis() as redis:
@@ -4743,6 +4750,7 @@ class TestNginx(unittest.TestCase):
         daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log; user root;
         events {{}}
         http {{
+            {upstream}
             access_log {folder}/access.log;
             client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
             fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
@@ -4758,15 +4766,18 @@ class TestNginx(unittest.TestCase):
 
     @contextlib.contextmanager
     def nginx(
-        self, folder: str, daemon: Daemon, certificates: Certificates
+        self, folder: str, certificates: Certificates, *daemons: Daemon
     ) -> Iterator[tuple[int, int]]:
-        """Run nginx with the README's block; yield its ports, plain and TLS."""
-        (block,) = readme_blocks("nginx")
+        """Run nginx with the README's configuration; yield its ports, plain and TLS."""
+        block, upstream = readme_blocks("nginx")
         plain, tls = free_port(), free_port()
         config = Path(folder, "nginx.conf")
         values = {"folder": folder, "plain": plain, "tls": tls, **certificates.make("nginx")}
-        block = block.replace("127.0.0.1:8989", f"127.0.0.1:{daemon.port}")
-        config.write_text(self.CONFIG.format(block=block, **values))
+        for address, daemon in zip(("192.0.2.11", "192.0.2.12"), (daemons[0], daemons[-1])):
+            upstream = upstream.replace(f"{address}:8989", f"127.0.0.1:{daemon.port}")
+        target = f"127.0.0.1:{daemons[0].port}" if len(daemons) == 1 else "popup"
+        block = block.replace("127.0.0.1:8989", target)
+        config.write_text(self.CONFIG.format(block=block, upstream=upstream, **values))
         command = ["nginx", "-e", f"{folder}/error.log", "-p", folder, "-c", str(config)]
         with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
             try:
@@ -4785,7 +4796,7 @@ class TestNginx(unittest.TestCase):
             # nginx connects from 127.0.0.1, which is not in the list itself.
             self.assertEqual(key, "TRUSTED_PROXIES")
             daemon = stack.enter_context(Daemon(TRUSTED_PROXIES=value, CRMWS_ALLOW="127.0.0.5"))
-            plain, tls = stack.enter_context(self.nginx(folder, daemon, certificates))
+            plain, tls = stack.enter_context(self.nginx(folder, certificates, daemon))
             for port, context in ((plain, None), (tls, certificates.client())):
                 for source, status in (("127.0.0.5", 101), ("127.0.0.6", 403)):
                     with self.subTest(port=port, source=source):
@@ -4800,6 +4811,30 @@ class TestNginx(unittest.TestCase):
                                 daemon.trigger()
                                 self.assertIn(b"0312345678", sock.recv(4096))
             daemon.wait_for_log("browser connected: 127.0.0.5", 2)
+
+    def test_readme_configuration_for_several_daemons(self) -> None:
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            daemons = [
+                stack.enter_context(Daemon(TRUSTED_PROXIES="127.0.0.1", CRMWS_ALLOW="127.0.0.5"))
+                for _ in range(2)
+            ]
+            certificates = Certificates(folder)
+            port, _ = stack.enter_context(self.nginx(folder, certificates, *daemons))
+
+            def subscribe() -> Browser:
+                sock = socket.create_connection(("127.0.0.1", port), TIMEOUT, ("127.0.0.5", 0))
+                return stack.enter_context(Browser(sock, "/crmws"))
+
+            browsers = [subscribe() for _ in range(4)]
+            for number, daemon in enumerate(daemons):
+                daemon.wait_for_log(r"\(2 connected\)")
+                daemon.trigger(phone=str(number))
+            self.assertEqual(sorted(each.message()["phone"] for each in browsers), [*"0011"])
+            # Whoever loses one daemon finds the other.
+            daemons[0].stop()
+            again = [subscribe() for _ in range(2)]
+            daemons[1].trigger(phone="2")
+            self.assertEqual([each.message()["phone"] for each in again], [*"22"])
 
 
 @needs("promtool")
