@@ -3,12 +3,14 @@
 
     python3 .ci/bench.py [--quick] [--floor-none] [--only NAME ...] [SCENARIO]
 
-    all     all of these
-    table   speed, memory and threads at 1,000 and 10,000 browsers (4 minutes; --quick: 1)
-    extens  10,000 browsers with an extension each: what a call to one of them costs (1 minute)
-    tls     a delivery over TLS against one in the clear (half a minute; needs openssl)
-    redis   what the trip over Redis adds, and 1, 2 and 4 daemons (1 minute; needs redis-server)
-    soak    200,000 calls, 20,000 connects and disconnects: what is left of them (2 minutes)
+    all        all of these
+    table      speed, memory and threads at 1,000 and 10,000 browsers (4 minutes; --quick: 1)
+    extens     10,000 browsers, an extension each: what a call to one of them costs (1 minute)
+    tls        a delivery over TLS against one in the clear (half a minute; needs openssl)
+    stalled    what browsers that never read do to the others (1 minute)
+    keepalive  what 10,000 idle browsers cost (half a minute)
+    redis      what the trip over Redis adds, and 1, 2, 4 daemons (1 minute; needs redis-server)
+    soak       200,000 calls, 20,000 connects and disconnects: what is left (2 minutes)
 
 `floor.c` is a bare send() loop, `swarm.c` plays the browsers and the PBX; both are compiled into
 a temporary folder. Machines differ and vary, so floor and daemon take turns within one run and
@@ -297,6 +299,271 @@ def judge_threads(row: Row, pairs: dict[int, list[Pair]]) -> bool:
     return is_met
 
 
+# --- Single costs ------------------------------------------------------------------------------
+
+
+def extens(bench: Bench, options: Options) -> bool:
+    """Print what a call to one extension costs, by those who asked for it and by those here."""
+    calls = 20 if options.quick else 100
+    print_head("browsers, an extension each", "call to one", "call to all", "must", "verdict")
+    costs = []
+    for browsers in (MANY, MOST):
+        with bench.daemon(MAX_BROWSERS=str(2 * MOST)) as server, contextlib.ExitStack() as stack:
+            for number in range(browsers):
+                stack.enter_context(subscribe(server.port, number))
+            one = cpu_per_call(server, "7", calls)
+            everybody = cpu_per_call(server, "all", max(calls // 10, 2))
+        costs.append(one)
+        is_met = one <= EXTENS_GROWTH * costs[0]
+        must = f"<= {EXTENS_GROWTH:g}x that of {MANY:,}"
+        print_row(f"{browsers:,}", show(one, "ms"), show(everybody, "ms"), must, verdict(is_met))
+    return is_met
+
+
+def tls(bench: Bench, options: Options) -> bool:
+    """Print what a delivery costs over TLS and in the clear."""
+    key, cert = bench.folder / "key.pem", bench.folder / "cert.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=bench".split()
+    subprocess.run(
+        [*command, "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True
+    )
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    port = free_port()
+    keys = {"CLIENT_PORT": str(port), "USE_SSL": "yes"}
+    costs = []
+    for secure in (None, context):
+        with contextlib.ExitStack() as stack:
+            paths = {"CERT_FILE": str(cert), "KEY_FILE": str(key)}
+            server = stack.enter_context(bench.daemon(**keys, **paths))
+            for number in range(MANY):
+                where = server.port if secure is None else port
+                stack.enter_context(subscribe(where, number, secure))
+            cost = cpu_per_call(server, "all", 5 if options.quick else 20)
+            costs.append(cost / MANY * 1e3)
+    ratio = costs[1] / costs[0]
+    print_head("browsers", "in the clear", "over TLS", "ratio", "must", "verdict")
+    is_met = ratio <= TLS_FACTOR
+    must = f"<= {TLS_FACTOR:g}x"
+    print_row(
+        f"{MANY:,}",
+        show(costs[0], "µs"),
+        show(costs[1], "µs"),
+        f"{ratio:.2f}x",
+        must,
+        verdict(is_met),
+    )
+    return is_met
+
+
+STALLED = 5  # browsers that never read
+STALLED_FACTOR = 1.25  # what the others may notice of them
+STALLED_TRIGGER = TRIGGER + "&text=" + 1_000 * "x"
+
+
+def stalled(bench: Bench, options: Options) -> bool:
+    """Print what a hundred browsers and the PBX notice of five that never read."""
+    load = {"rounds": 2_000 if options.quick else 4_000, "warmup": 20, "gap_ms": 0}
+    alone: list[Result] = []
+    beside: list[Result] = []
+    for number in range(1 if options.quick else 3):
+        print(f"{STALLED} stalled browsers, pair {number + 1}", file=sys.stderr)
+        for results, count in ((alone, 0), (beside, STALLED)):
+            with bench.daemon() as server:
+                what = {"stalled": count, "trigger_path": STALLED_TRIGGER}
+                results.append(bench.swarm(server, FEW, **load, **what))
+    print_head(f"median, {FEW} browsers", "alone", f"with {STALLED} that stall", "must", "verdict")
+    verdicts = []
+    for name, field in (("trigger answered", "http_ms.p50"), ("last browser", "last_ms.p50")):
+        before, after = (
+            statistics.median([pick(each, field) for each in results])
+            for results in (alone, beside)
+        )
+        verdicts.append(after <= STALLED_FACTOR * before)
+        must = f"<= {STALLED_FACTOR:g}x"
+        print_row(name, show(before, "ms"), show(after, "ms"), must, verdict(verdicts[-1]))
+    open_still = max(each["stalled_open"] for each in beside)
+    verdicts.append(open_still == 0)
+    print_row("stalled ones still connected", "", f"{open_still}", "0", verdict(verdicts[-1]))
+    return all(verdicts)
+
+
+KEEPALIVE_SHARE = 2.0  # percent of a core that 10,000 idle browsers may cost
+INTERVAL = 25  # the default PING_INTERVAL
+MASKED_PONG = b"\x8a\x80mask"
+
+
+def keepalive(bench: Bench, options: Options) -> bool:
+    """Print what idle browsers cost: a ping and its answer, every interval."""
+    intervals = 2 if options.quick else 10
+    with bench.daemon(PING_INTERVAL="2") as server, contextlib.ExitStack() as stack:
+        selector = stack.enter_context(selectors.DefaultSelector())
+        for number in range(MOST):
+            browser = stack.enter_context(subscribe(server.port, number))
+            selector.register(browser, selectors.EVENT_READ)
+        answer_pings(selector, MOST)
+        before = cpu_seconds(server)
+        answer_pings(selector, intervals * MOST)
+        cost = (cpu_seconds(server) - before) / (intervals * MOST)
+    share = cost * MOST / INTERVAL * 100
+    print_head("idle browsers", "CPU per ping", f"of a core at {INTERVAL} s", "must", "verdict")
+    is_met = share <= KEEPALIVE_SHARE
+    must = f"<= {KEEPALIVE_SHARE:g} %"
+    print_row(f"{MOST:,}", show(cost * 1e6, "µs"), show(share, "%"), must, verdict(is_met))
+    return is_met
+
+
+def answer_pings(selector: selectors.BaseSelector, count: int) -> None:
+    """Answer as a browser does until so many pings have come."""
+    deadline = time.monotonic() + 60
+    while count > 0:
+        if time.monotonic() > deadline:
+            raise RunError(f"{count} pings are missing")
+        for key, _ in selector.select(1):
+            browser: Any = key.fileobj
+            if not browser.recv(4096):
+                raise RunError("an idle browser was dropped")
+            browser.sendall(MASKED_PONG)
+            count -= 1
+
+
+def subscribe(port: int, number: int, context: ssl.SSLContext | None = None) -> socket.socket:
+    """Return a browser that asked for one extension, its handshake done."""
+    sock = socket.create_connection(("127.0.0.1", port), START_TIMEOUT)
+    if context is not None:
+        sock = context.wrap_socket(sock)
+    sock.sendall(
+        f"GET /crmws?exten={number} HTTP/1.1\r\nHost: bench\r\nUpgrade: websocket\r\n"
+        "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode()
+    )
+    if not sock.recv(4096).startswith(b"HTTP/1.1 101 "):
+        raise RunError(f"browser {number} was refused")
+    return sock
+
+
+def cpu_seconds(server: Server) -> float:
+    """Return the CPU time of a server so far."""
+    return time.clock_gettime(~server.pid << 3 | 2)  # clock_getcpuclockid(3) of the process
+
+
+def cpu_per_call(server: Server, exten: str, calls: int) -> float:
+    """Return the CPU milliseconds that the daemon takes for a call, its answer included."""
+    request = f"POST /api/trigger?phone=1&exten={exten}&token=bench HTTP/1.0\r\n\r\n".encode()
+    before = cpu_seconds(server)
+    for _ in range(calls):
+        with socket.create_connection(("127.0.0.1", server.port), START_TIMEOUT) as sock:
+            sock.sendall(request)
+            while sock.recv(4096):
+                pass
+    # What the last call costs is spent after its answer: another look tells when it is over.
+    spent = cpu_seconds(server)
+    while True:
+        time.sleep(0.2)
+        now = cpu_seconds(server)
+        if now - spent < IDLE_CPU:
+            break
+        spent = now
+    return (spent - before) / calls * 1e3
+
+
+# --- Redis -------------------------------------------------------------------------------------
+
+REDIS_ADDS = 2.0  # milliseconds that the trip over Redis may add to a call, median
+REDIS_BURST = 500  # calls to every daemon's browsers
+CALL = b'"CALL_IN"'
+
+
+@contextlib.contextmanager
+def redis_server(folder: Path) -> Iterator[str]:
+    """Run Redis as a company would, on persistent storage; return its URL."""
+    port = free_port()
+    command = f"redis-server --port {port} --bind 127.0.0.1 --appendonly yes --save".split()
+    with running([*command, "", "--dir", str(folder)], port, folder):
+        yield f"redis://127.0.0.1:{port}"
+
+
+def redis(bench: Bench, options: Options) -> bool:
+    """Print what the trip over Redis adds to a call, and what several daemons deliver."""
+    load = {"rounds": 300 if options.quick else 2000, "warmup": 20, "gap_ms": 2}
+    with redis_server(bench.folder) as url:
+        with bench.daemon() as server:
+            local = bench.swarm(server, 10, **load)["last_ms"]
+        with bench.daemon(REDIS_URL=url) as one, bench.daemon(REDIS_URL=url) as other:
+            same = bench.swarm(one, 10, **load)["last_ms"]
+            across = bench.swarm(one, 10, trigger_port=other.port, **load)["last_ms"]
+        print_head(
+            "trigger to the last of 10 browsers", "median", "p99", "adds", "must", "verdict"
+        )
+        print_row("without Redis", show(local["p50"], "ms"), show(local["p99"], "ms"), "", "", "")
+        verdicts = []
+        for name, figures in (("over Redis", same), ("over Redis, to another daemon", across)):
+            added = figures["p50"] - local["p50"]
+            verdicts.append(added <= REDIS_ADDS)
+            cells = [show(each, "ms") for each in (figures["p50"], figures["p99"], added)]
+            print_row(name, *cells, f"<= {REDIS_ADDS:g} ms", verdict(verdicts[-1]))
+        print()
+        print_head("daemons", "browsers", "calls", "deliveries", "CPU per delivery")
+        for daemons in (1, 2, 4):
+            redis_burst(bench, url, daemons, REDIS_BURST // 5 if options.quick else REDIS_BURST)
+    return all(verdicts)
+
+
+def redis_burst(bench: Bench, url: str, daemons: int, calls: int) -> None:
+    """Print how fast so many daemons deliver calls that are triggered at all of them."""
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(bench.daemon(REDIS_URL=url)) for _ in range(daemons)]
+        ports = [server.port for server in servers]
+        browsers = [
+            stack.enter_context(subscribe(port, 100)) for port in ports * (MANY // daemons)
+        ]
+        reader, writer = multiprocessing.Pipe(duplex=False)
+        counter = multiprocessing.get_context("fork").Process(
+            target=count_calls, args=(browsers, calls, writer)
+        )
+        before = sum(map(cpu_seconds, servers))
+        start = time.monotonic()
+        counter.start()
+        with ThreadPoolExecutor(CONCURRENCY) as pool:
+            list(pool.map(trigger, [ports[number % daemons] for number in range(calls)]))
+        if not reader.poll(60):
+            raise RunError(f"{daemons} daemons: calls are missing")
+        seconds = time.monotonic() - start
+        cpu = sum(map(cpu_seconds, servers)) - before
+        counter.join()
+    total = calls * len(browsers)
+    cells = (f"{len(browsers):,}", f"{calls:,}", show(total / seconds, "/s"))
+    print_row(str(daemons), *cells, show(cpu / total * 1e6, "µs"))
+
+
+def trigger(port: int) -> None:
+    """Trigger a call."""
+    with socket.create_connection(("127.0.0.1", port), START_TIMEOUT) as sock:
+        sock.sendall(b"POST /api/trigger?phone=1&exten=100&token=bench HTTP/1.0\r\n\r\n")
+        while sock.recv(4096):
+            pass
+
+
+def count_calls(browsers: list[socket.socket], calls: int, writer: Connection) -> None:
+    """Read until every browser has got so many calls; tell."""
+    selector = selectors.DefaultSelector()
+    heard = dict.fromkeys(browsers, 0)
+    tails = dict.fromkeys(browsers, b"")
+    for each in browsers:
+        selector.register(each, selectors.EVENT_READ)
+    waiting = len(browsers)
+    while waiting:
+        for key, _ in selector.select():
+            browser: Any = key.fileobj
+            data = tails[browser] + browser.recv(1 << 20)
+            heard[browser] += data.count(CALL)
+            tails[browser] = data[1 - len(CALL) :]
+            if heard[browser] == calls:
+                selector.unregister(browser)
+                waiting -= 1
+    writer.send(True)
+
+
 # --- Soak --------------------------------------------------------------------------------------
 
 SOAK_BROWSERS = 200
@@ -381,195 +648,11 @@ def print_row(*cells: str) -> None:
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def extens(bench: Bench, options: Options) -> bool:
-    """Print what a call to one extension costs, by those who asked for it and by those here."""
-    calls = 20 if options.quick else 100
-    print_head("browsers, an extension each", "call to one", "call to all", "must", "verdict")
-    costs = []
-    for browsers in (MANY, MOST):
-        with bench.daemon(MAX_BROWSERS=str(2 * MOST)) as server, contextlib.ExitStack() as stack:
-            for number in range(browsers):
-                stack.enter_context(subscribe(server.port, number))
-            one = cpu_per_call(server, "7", calls)
-            everybody = cpu_per_call(server, "all", max(calls // 10, 2))
-        costs.append(one)
-        is_met = one <= EXTENS_GROWTH * costs[0]
-        must = f"<= {EXTENS_GROWTH:g}x that of {MANY:,}"
-        print_row(f"{browsers:,}", show(one, "ms"), show(everybody, "ms"), must, verdict(is_met))
-    return is_met
-
-
-def tls(bench: Bench, options: Options) -> bool:
-    """Print what a delivery costs over TLS and in the clear."""
-    key, cert = bench.folder / "key.pem", bench.folder / "cert.pem"
-    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=bench".split()
-    subprocess.run(
-        [*command, "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True
-    )
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    port = free_port()
-    keys = {"CLIENT_PORT": str(port), "USE_SSL": "yes"}
-    costs = []
-    for secure in (None, context):
-        with contextlib.ExitStack() as stack:
-            paths = {"CERT_FILE": str(cert), "KEY_FILE": str(key)}
-            server = stack.enter_context(bench.daemon(**keys, **paths))
-            for number in range(MANY):
-                where = server.port if secure is None else port
-                stack.enter_context(subscribe(where, number, secure))
-            cost = cpu_per_call(server, "all", 5 if options.quick else 20)
-            costs.append(cost / MANY * 1e3)
-    ratio = costs[1] / costs[0]
-    print_head("browsers", "in the clear", "over TLS", "ratio", "must", "verdict")
-    is_met = ratio <= TLS_FACTOR
-    must = f"<= {TLS_FACTOR:g}x"
-    print_row(
-        f"{MANY:,}",
-        show(costs[0], "µs"),
-        show(costs[1], "µs"),
-        f"{ratio:.2f}x",
-        must,
-        verdict(is_met),
-    )
-    return is_met
-
-
-def subscribe(port: int, number: int, context: ssl.SSLContext | None = None) -> socket.socket:
-    """Return a browser that asked for one extension, its handshake done."""
-    sock = socket.create_connection(("127.0.0.1", port), START_TIMEOUT)
-    if context is not None:
-        sock = context.wrap_socket(sock)
-    sock.sendall(
-        f"GET /crmws?exten={number} HTTP/1.1\r\nHost: bench\r\nUpgrade: websocket\r\n"
-        "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode()
-    )
-    if not sock.recv(4096).startswith(b"HTTP/1.1 101 "):
-        raise RunError(f"browser {number} was refused")
-    return sock
-
-
-def cpu_per_call(server: Server, exten: str, calls: int) -> float:
-    """Return the CPU milliseconds that the daemon takes for a call, its answer included."""
-    clock = ~server.pid << 3 | 2  # clock_getcpuclockid(3) of the process
-    request = f"POST /api/trigger?phone=1&exten={exten}&token=bench HTTP/1.0\r\n\r\n".encode()
-    before = time.clock_gettime(clock)
-    for _ in range(calls):
-        with socket.create_connection(("127.0.0.1", server.port), START_TIMEOUT) as sock:
-            sock.sendall(request)
-            while sock.recv(4096):
-                pass
-    # What the last call costs is spent after its answer: another look tells when it is over.
-    spent = time.clock_gettime(clock)
-    while True:
-        time.sleep(0.2)
-        now = time.clock_gettime(clock)
-        if now - spent < IDLE_CPU:
-            break
-        spent = now
-    return (spent - before) / calls * 1e3
-
-
-REDIS_ADDS = 2.0  # milliseconds that the trip over Redis may add to a call, median
-REDIS_BURST = 500  # calls to every daemon's browsers
-CALL = b'"CALL_IN"'
-
-
-@contextlib.contextmanager
-def redis_server(folder: Path) -> Iterator[str]:
-    """Run Redis as a company would, on persistent storage; return its URL."""
-    port = free_port()
-    command = f"redis-server --port {port} --bind 127.0.0.1 --appendonly yes --save".split()
-    with running([*command, "", "--dir", str(folder)], port, folder):
-        yield f"redis://127.0.0.1:{port}"
-
-
-def redis(bench: Bench, options: Options) -> bool:
-    """Print what the trip over Redis adds to a call, and what several daemons deliver."""
-    load = {"rounds": 300 if options.quick else 2000, "warmup": 20, "gap_ms": 2}
-    with redis_server(bench.folder) as url:
-        with bench.daemon() as server:
-            local = bench.swarm(server, 10, **load)["last_ms"]
-        with bench.daemon(REDIS_URL=url) as one, bench.daemon(REDIS_URL=url) as other:
-            same = bench.swarm(one, 10, **load)["last_ms"]
-            across = bench.swarm(one, 10, trigger_port=other.port, **load)["last_ms"]
-        print_head(
-            "trigger to the last of 10 browsers", "median", "p99", "adds", "must", "verdict"
-        )
-        print_row("without Redis", show(local["p50"], "ms"), show(local["p99"], "ms"), "", "", "")
-        verdicts = []
-        for name, figures in (("over Redis", same), ("over Redis, to another daemon", across)):
-            added = figures["p50"] - local["p50"]
-            verdicts.append(added <= REDIS_ADDS)
-            cells = [show(each, "ms") for each in (figures["p50"], figures["p99"], added)]
-            print_row(name, *cells, f"<= {REDIS_ADDS:g} ms", verdict(verdicts[-1]))
-        print()
-        print_head("daemons", "browsers", "calls", "deliveries", "CPU per delivery")
-        for daemons in (1, 2, 4):
-            redis_burst(bench, url, daemons, REDIS_BURST // 5 if options.quick else REDIS_BURST)
-    return all(verdicts)
-
-
-def redis_burst(bench: Bench, url: str, daemons: int, calls: int) -> None:
-    """Print how fast so many daemons deliver calls that are triggered at all of them."""
-    with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(bench.daemon(REDIS_URL=url)) for _ in range(daemons)]
-        ports = [server.port for server in servers]
-        browsers = [
-            stack.enter_context(subscribe(port, 100)) for port in ports * (MANY // daemons)
-        ]
-        clocks = [~server.pid << 3 | 2 for server in servers]
-        reader, writer = multiprocessing.Pipe(duplex=False)
-        counter = multiprocessing.get_context("fork").Process(
-            target=count_calls, args=(browsers, calls, writer)
-        )
-        before = sum(map(time.clock_gettime, clocks))
-        start = time.monotonic()
-        counter.start()
-        with ThreadPoolExecutor(CONCURRENCY) as pool:
-            list(pool.map(trigger, [ports[number % daemons] for number in range(calls)]))
-        if not reader.poll(60):
-            raise RunError(f"{daemons} daemons: calls are missing")
-        seconds = time.monotonic() - start
-        cpu = sum(map(time.clock_gettime, clocks)) - before
-        counter.join()
-    total = calls * len(browsers)
-    cells = (f"{len(browsers):,}", f"{calls:,}", show(total / seconds, "/s"))
-    print_row(str(daemons), *cells, show(cpu / total * 1e6, "µs"))
-
-
-def trigger(port: int) -> None:
-    """Trigger a call."""
-    with socket.create_connection(("127.0.0.1", port), START_TIMEOUT) as sock:
-        sock.sendall(b"POST /api/trigger?phone=1&exten=100&token=bench HTTP/1.0\r\n\r\n")
-        while sock.recv(4096):
-            pass
-
-
-def count_calls(browsers: list[socket.socket], calls: int, writer: Connection) -> None:
-    """Read until every browser has got so many calls; tell."""
-    selector = selectors.DefaultSelector()
-    heard = dict.fromkeys(browsers, 0)
-    tails = dict.fromkeys(browsers, b"")
-    for each in browsers:
-        selector.register(each, selectors.EVENT_READ)
-    waiting = len(browsers)
-    while waiting:
-        for key, _ in selector.select():
-            browser: Any = key.fileobj
-            data = tails[browser] + browser.recv(1 << 20)
-            heard[browser] += data.count(CALL)
-            tails[browser] = data[1 - len(CALL) :]
-            if heard[browser] == calls:
-                selector.unregister(browser)
-                waiting -= 1
-    writer.send(True)
-
-
 def everything(bench: Bench, options: Options) -> bool:
     """Print all tables, one after the other."""
-    verdicts = [scenario(bench, options) for scenario in (table, extens, tls, redis, soak)]
+    verdicts = [
+        scenario(bench, options) for scenario in SCENARIOS.values() if scenario is not everything
+    ]
     return all(verdicts)
 
 
@@ -577,6 +660,8 @@ SCENARIOS = {
     "table": table,
     "extens": extens,
     "tls": tls,
+    "stalled": stalled,
+    "keepalive": keepalive,
     "redis": redis,
     "soak": soak,
     "all": everything,
