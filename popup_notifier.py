@@ -85,6 +85,7 @@ LOGGED_ARRIVALS = 4  # of browsers that come at once, this many are named in the
 CLOSE_TIMEOUT = 1.0  # a browser has this long to take its Close frame and hang up
 ID_RESERVE = 60_000  # milliseconds that IDs are reserved ahead: one file written a minute
 MAX_HISTORY = 20_000  # calls remembered at most, whatever HISTORY says: some 30 MB
+MAX_HISTORY_SIZE = 32 << 20  # bytes of their messages: they may be 200 KiB each
 DELIVERY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)  # seconds
 STOP_TIMEOUT = 3.0  # all of them together have this long when the daemon ends
 
@@ -1048,6 +1049,7 @@ class History:
     def __init__(self, seconds: float, begin: CallID) -> None:
         self.seconds = seconds
         self._calls: collections.deque[Call] = collections.deque()
+        self._size = 0  # bytes of their messages
         self._forgotten = begin  # every call after it is remembered
         # Who was told of a call by its uniqueid, the latest last: who saw it ring must hear that
         # it was answered, even by another extension.
@@ -1056,6 +1058,7 @@ class History:
     def add(self, call: Call) -> None:
         """Remember a call, and forget the old ones."""
         self._calls.append(call)
+        self._size += len(call.payload)
         self._forget()
         self.note(call)
 
@@ -1090,8 +1093,13 @@ class History:
 
     def _forget(self) -> None:
         oldest = time.monotonic() - self.seconds
-        while self._calls and (self._calls[0].time < oldest or len(self._calls) > MAX_HISTORY):
-            self._forgotten = self._calls.popleft().id
+        while self._calls and (self._calls[0].time < oldest or self._is_too_long()):
+            call = self._calls.popleft()
+            self._size -= len(call.payload)
+            self._forgotten = call.id
+
+    def _is_too_long(self) -> bool:
+        return len(self._calls) > MAX_HISTORY or self._size > MAX_HISTORY_SIZE
 
 
 class Waker:

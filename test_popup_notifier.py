@@ -1213,6 +1213,25 @@ class TestRecovery(unittest.TestCase):
                 for number in range(5):
                     daemon.trigger(f"&exten={201 + number % 2}", phone=str(number))
 
+    def test_large_calls_do_not_fill_the_memory(self) -> None:
+        body = b"token=%s&phone=1&text=" % TOKEN.encode()
+        # In the message each of these letters takes six bytes for two.
+        parts = [b"%02d=" % number + 2_000 * "é".encode() for number in range(16)]
+        body += b"x&" + b"&".join(parts)
+        head = "POST /api/trigger HTTP/1.1\r\nHost: h\r\n"
+        head += "Content-Type: application/x-www-form-urlencoded\r\n"
+        request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        with Daemon(HISTORY=3600) as daemon:
+            with daemon.browser("?since=") as browser:
+                start = browser.hello()["id"]
+                self.assertEqual(status_of(daemon.exchange(request)), 200)
+                size = len(browser.frame()[1])
+            for is_complete in (True, False):
+                with daemon.browser(f"?since={start}") as browser:
+                    self.assertIs(browser.hello()["complete"], is_complete)
+                for _ in range(popup_notifier.MAX_HISTORY_SIZE // size):
+                    self.assertEqual(status_of(daemon.exchange(request)), 200)
+
     def test_position_before_the_history_is_said_to_be_incomplete(self) -> None:
         with Daemon(HISTORY=0) as daemon:
             with daemon.browser("?since=") as browser:
