@@ -86,6 +86,9 @@ CLOSE_TIMEOUT = 1.0  # a browser has this long to take its Close frame and hang 
 ID_RESERVE = 60_000  # milliseconds that IDs are reserved ahead: one file written a minute
 MAX_HISTORY = 20_000  # calls remembered at most, whatever HISTORY says: some 30 MB
 MAX_HISTORY_SIZE = 32 << 20  # bytes of their messages: they may be 200 KiB each
+# A PBX sends each message by a process or channel of its own: an answer within the first moment,
+# as of a headset that picks up by itself, can overtake the ring. Seconds.
+OVERTAKING = 3.0
 DELIVERY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)  # seconds
 STOP_TIMEOUT = 3.0  # all of them together have this long when the daemon ends
 
@@ -1038,6 +1041,16 @@ def make_call(
     return Call(call_id, parameters, source, time.monotonic(), extens, payload, frame)
 
 
+class Told(NamedTuple):
+    """Who was told of what goes by one uniqueid."""
+
+    extens: frozenset[str]
+    answered: float  # when, if that was the first we heard of it: monotonic seconds
+
+
+NOBODY = Told(frozenset(), -math.inf)
+
+
 def serialize_alive(position: CallID) -> bytes:
     """Return the frame that says: all calls up to there have been sent."""
     return serialize_frame(Opcode.TEXT, f'{{"type": "ALIVE", "id": "{position}"}}'.encode())
@@ -1051,9 +1064,9 @@ class History:
         self._calls: collections.deque[Call] = collections.deque()
         self._size = 0  # bytes of their messages
         self._forgotten = begin  # every call after it is remembered
-        # Who was told of a call by its uniqueid, the latest last: who saw it ring must hear that
-        # it was answered, even by another extension.
-        self._told: collections.OrderedDict[str, frozenset[str]] = collections.OrderedDict()
+        # By uniqueid, the latest last: who saw a call ring must hear that it was answered, even by
+        # another extension.
+        self._told: collections.OrderedDict[str, Told] = collections.OrderedDict()
 
     def add(self, call: Call) -> None:
         """Remember a call, and forget the old ones."""
@@ -1070,16 +1083,25 @@ class History:
         """Remember who was told of a call."""
         unique = call.parameters.get("uniqueid")
         if unique:
-            self._told[unique] = call.extens | self._told.pop(unique, frozenset())
+            is_answer = call.parameters.get("event") == "answer"
+            first = NOBODY._replace(answered=call.time) if is_answer else NOBODY
+            told = self._told.pop(unique, first)
+            self._told[unique] = told._replace(extens=told.extens | call.extens)
             if len(self._told) > MAX_HISTORY:
                 self._told.popitem(last=False)
 
     def audience_of(self, parameters: Mapping[str, str]) -> frozenset[str]:
-        """Return the extensions to be told: of an answer or end, also who saw the call ring."""
+        """Return the extensions to be told.
+
+        Of an answer or end, also who saw the call ring; of a ring that its answer has overtaken,
+        only who answered.
+        """
         extens = split_extens(parameters["exten"]) or frozenset([ALL])
+        told = self._told.get(parameters.get("uniqueid", ""), NOBODY)
         if parameters.get("event") in ("answer", "end"):
-            extens |= self._told.get(parameters.get("uniqueid", ""), frozenset())
-        return extens
+            return extens | told.extens
+        is_overtaken = time.monotonic() - told.answered < OVERTAKING
+        return told.extens if is_overtaken else extens
 
     def since(self, position: CallID) -> tuple[list[Call], bool]:
         """Return the calls after a position, and whether these are all that there were."""

@@ -1171,6 +1171,24 @@ class TestSubscription(unittest.TestCase):
             events = [browser.message()["data"]["event"] for _ in range(3)]
         self.assertEqual(events, ["ring", "answer", "end"])
 
+    def test_ring_that_its_answer_overtook_is_heard_by_who_answered(self) -> None:
+        with Daemon() as daemon, contextlib.ExitStack() as stack:
+            one, other = (
+                stack.enter_context(daemon.browser(f"?exten={exten}")) for exten in (201, 202)
+            )
+            daemon.trigger("&exten=201&uniqueid=9.1&event=answer", phone="1")
+            daemon.trigger("&exten=all&uniqueid=9.1&event=ring", phone="1")
+            daemon.trigger("&exten=all&uniqueid=9.2", phone="2")
+            self.assertEqual((one.phones(3), other.phones(1)), ([*"112"], ["2"]))
+
+    def test_ring_long_after_an_answer_is_another_one(self) -> None:
+        history = popup_notifier.History(60, CallID(0, 0))
+        answer = {"phone": "1", "exten": "201", "uniqueid": "9.1", "event": "answer"}
+        call = popup_notifier.make_call(CallID(1, 0), answer, "", history.audience_of(answer))
+        history.note(call._replace(time=call.time - popup_notifier.OVERTAKING))
+        ring = {**answer, "exten": "202", "event": "ring"}
+        self.assertEqual(history.audience_of(ring), {"202"})
+
     def test_bad_query_is_refused(self) -> None:
         with Daemon() as daemon:
             for query in ("?since=yesterday", "?since=1", "?exten=" + "1," * 101 + "x" * 65):
