@@ -2432,7 +2432,8 @@ class Server(http.server.ThreadingHTTPServer):
     def _refuse(self, connection: Connection, error: RequestError) -> None:
         """Answer with an error; a peer that is still sending gets time to read it."""
         self.refusals.add(connection.address, error)
-        if connection.request is not None and connection.request.path == "/crmws":
+        path = connection.request.path if connection.request is not None else None
+        if path == "/crmws" or error.status is HTTPStatus.NOT_FOUND:
             # A page can't see why its handshake was refused, but may ask for the same by fetch().
             error.fields["Access-Control-Allow-Origin"] = "*"
         self._send(connection, serialize_refusal(error))
@@ -2508,26 +2509,28 @@ class RequestHandler:
 
     def handle_upgrade(self) -> None:
         """Hand a browser over to the Hub: GET /crmws."""
+        connection, hub = self.connection, self.server.hub
+        # First what a page may learn by a plain GET, when its handshake was refused.
         self.check_page()
+        extens, since = parse_subscription(self.request.query)
+        if hub.count() >= hub.max_browsers:
+            raise no_room(hub)
         if self.request.minor == 0:
             raise upgrade_required("WebSocket needs HTTP/1.1, also from a proxy on the way")
         accept = check_handshake(self.request.fields)
         if self.request.content_length:
             raise bad_request("a handshake has no body")
-        extens, since = parse_subscription(self.request.query)
         greeting = f"{SWITCHING_PROTOCOLS}Sec-WebSocket-Accept: {accept}\r\n"
         offered = self.subprotocols()
         if offered:
             # A browser gives up unless one of those that it offered is chosen.
             chosen = SUBPROTOCOL if SUBPROTOCOL in offered else offered[0]
             greeting += f"Sec-WebSocket-Protocol: {chosen}\r\n"
-        connection, hub = self.connection, self.server.hub
         subscriber = Subscriber(
             connection.sock, connection.address, extens, since, connection.rest
         )
         if not hub.subscribe(subscriber, f"{greeting}\r\n".encode("latin-1")):
-            reason = f"{hub.max_browsers} browsers are connected, no more may be"
-            raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, reason, Retry_After="30")
+            raise no_room(hub)
 
     def subprotocols(self) -> list[str]:
         """Return the subprotocols that a browser offers: a page may give its token as one."""
@@ -2594,6 +2597,12 @@ class RequestHandler:
         ]:
             return serialize_response(HTTPStatus.NOT_MODIFIED, b"", fields)
         return serialize_response(HTTPStatus.OK, content, fields)
+
+
+def no_room(hub: Hub) -> RequestError:
+    """Return the 503 for a browser too many."""
+    reason = f"{hub.max_browsers} browsers are connected, no more may be"
+    return RequestError(HTTPStatus.SERVICE_UNAVAILABLE, reason, Retry_After="30")
 
 
 def is_given(token: str, given: Iterable[str]) -> bool:
