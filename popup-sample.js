@@ -30,6 +30,7 @@
   const CLAIM_LIFE = 600000;     // ms that a tab keeps a call from the others, which may hear of it late
   const REPEAT = 3000;           // ms: the same for a call without id, which may well come again
   const MAX_TOASTS = 5;
+  const MAX_RANG = 1000;         // calls that are remembered as mine
   const WITHHELD = /^(anonymous|private|unknown|unavailable|restricted|withheld|非通知)?$/i;
   const WORDS = {
     ring: ['Incoming call', '着信'], missed: ['Missed while offline', '切断中の着信'], exten: ['ext.', '内線'],
@@ -42,7 +43,7 @@
     refused: ['The PBX refuses the connection', 'PBX に接続を拒否されました'],
     401: ['The PBX refuses the token (401)', 'トークンが違います (401)'],
     403: ['The PBX refuses this address (403)', 'このアドレスからの接続は許可されていません (403)'],
-    426: ['WebSocket does not pass (proxy?)', 'WebSocket が通りません (逆プロキシの設定?)'],
+    426: ['WebSocket does not pass (proxy?)', 'WebSocket が通りません (リバースプロキシの設定?)'],
   };
   const script = document.currentScript;
   const language = () => document.documentElement.lang || navigator.language;
@@ -138,10 +139,12 @@
       const reason = answer.status in WORDS ? answer.status : 'refused';
       return { reason, text: `${say(reason)}: ${(await answer.text()).slice(0, 200)}` };
     }
-    // Chrome lets a public page reach a private address only with permission; others do not know the name.
-    const permission = await navigator.permissions.query({ name: 'local-network-access' }).catch(() => ({}));
+    // A public page may reach a private address only with permission; each browser has its own name for it.
+    const isDenied = async (name) => (await navigator.permissions.query({ name })).state === 'denied';
+    const names = ['local-network-access', 'local-network', 'loopback-network'];
+    const denials = await Promise.all(names.map((name) => isDenied(name).catch(() => false)));
     const isMixed = location.protocol === 'https:' && href.startsWith('ws:');
-    const reason = isMixed ? 'mixed' : permission.state === 'denied' ? 'permission' : 'unreachable';
+    const reason = isMixed ? 'mixed' : denials.includes(true) ? 'permission' : 'unreachable';
     return { reason, text: say(reason) };
   }
 
@@ -150,27 +153,27 @@
     const options = Object.assign({ onCall() {}, onStatus() {} }, script.dataset, given);
     const mine = splitList(options.exten);
     const rang = new Set(); // uniqueid of the calls that are mine
-    let connectedAt = 0;    // by the server's clock
+    let ahead = 0;          // ms that the server's clock is ahead of ours
 
     const report = (state, cause) => options.onStatus(Object.assign({ state, reason: '', text: say(state) }, cause));
     function receive(message) {
       if (message.type === 'CALL_IN') callIn(readCall(message));
       if (message.type !== 'HELLO') return;
-      connectedAt = message.time || parseInt(message.id, 10);
+      ahead = (message.time || parseInt(message.id, 10)) - Date.now();
       if (!message.complete) report('open', { reason: 'gap', text: say('gap') });
     }
     // The Go daemon's calls have no id, and their fields in `data` alone.
-    function readCall({ id, replayed = false, data }) {
+    function readCall({ id, time, replayed = false, data }) {
       const { phone = '', exten = 'all', name = '', event = 'ring', uniqueid = id } = data;
-      const sentAt = parseInt(id, 10) || Date.now();
-      const missed = replayed && connectedAt - sentAt > STILL_RINGING;
+      const sentAt = time || parseInt(id, 10) || Date.now();
+      const missed = replayed && Date.now() + ahead - sentAt > STILL_RINGING;
       return { id, phone: phone.trim(), exten, name, event, uniqueid, time: new Date(sentAt), replayed, missed, data };
     }
     function callIn(call) {
       const { event, exten, uniqueid } = call;
       if (!mine.length || splitList(exten).some((one) => one === 'all' || mine.includes(one))) {
         const isNew = event === 'ring' || (event === 'answer' && !(uniqueid && rang.has(uniqueid)));
-        rang.add(uniqueid);
+        if (rang.add(uniqueid).size > MAX_RANG) rang.delete(rang.values().next().value);
         if (options.onCall(call) !== false && isNew) popUp(call);
       } else if (event !== 'ring') {
         rang.delete(uniqueid);
@@ -184,33 +187,31 @@
       const toast = showCall(call, options);
       if (document.hidden && !call.missed) notify(toast);
     }
-    return {
-      close: keepConnected(socketAddress(options), receive, report),
-      askPermission: async () => Notification.requestPermission(),
-    };
+    const close = keepConnected(socketAddress(options), receive, report);
+    return { close, askPermission: async () => Notification.requestPermission() };
   }
 
   // Of several tabs one shows the call; the visible one waits least. Plain http pages have no Web Locks:
-  // there, if two write at the same time, both read the same winner a little later.
+  // there the oldest claim wins, and a tab looks twice, for it may see others' claims a little late.
   async function claim({ id, phone, exten }) {
     const sleep = (ms) => new Promise((resolve) => { setTimeout(resolve, ms); });
-    const age = (key) => Date.now() - parseInt(localStorage.getItem(key), 10);
-    const mine = `popup-notifier ${id || `${phone} ${exten}`}`;
-    const life = id ? CLAIM_LIFE : REPEAT;
+    const [call, life] = id ? [id, CLAIM_LIFE] : [`${phone} ${exten}`, REPEAT];
     await sleep((document.hidden ? 300 : 0) + (document.hasFocus() ? 0 : 100 * Math.random()));
     if (navigator.locks) {
       return new Promise((resolve, reject) => {
         const keep = (lock) => { resolve(Boolean(lock)); return lock && sleep(life); };
-        navigator.locks.request(mine, { ifAvailable: true }, keep).catch(reject);
+        navigator.locks.request(`popup-notifier ${call}`, { ifAvailable: true }, keep).catch(reject);
       });
     }
-    if (age(mine) < life) return false;
-    const old = Object.keys(localStorage).filter((key) => /^popup-notifier /.test(key) && age(key) > CLAIM_LIFE);
-    old.forEach((key) => localStorage.removeItem(key));
-    const value = `${Date.now()} ${Math.random()}`;
-    localStorage.setItem(mine, value);
+    const age = (key) => Date.now() - parseInt(key.split(' ')[1], 10);
+    const claims = () => Object.keys(localStorage).filter((key) => key.startsWith('popup-notifier ')).sort();
+    const isRival = (key) => localStorage.getItem(key) === call && age(key) < life;
+    if (claims().some(isRival)) return false;
+    claims().filter((key) => age(key) > CLAIM_LIFE).forEach((key) => localStorage.removeItem(key));
+    const mine = `popup-notifier ${Date.now()} ${Math.random()}`;
+    localStorage.setItem(mine, call);
     await sleep(60);
-    return localStorage.getItem(mine) === value;
+    return claims().find(isRival) === mine;
   }
 
   // --- 4. Toast -------------------------------------------------------------
@@ -261,11 +262,10 @@
   function showCall(call, options) {
     const { phone, exten, name, time, uniqueid } = call;
     const kind = call.missed ? 'missed' : 'ring';
-    const clock = time.toTimeString().slice(0, 5);
     const called = exten === 'all' ? '' : `${say('exten')} ${exten}`;
     const isWithheld = WITHHELD.test(phone);
     const toast = showToast(kind, element('b', {}, say(kind)), isWithheld ? say('withheld') : phone, name);
-    toast.firstChild.append(` ${called} ${clock}`);
+    toast.firstChild.append(` ${called} ${time.toTimeString().slice(0, 5)}`);
     const link = element('a', { href: fillIn(call, options), target: '_blank', rel: 'noopener' }, say('link'));
     if (options.open && !isWithheld && /^https?:$/.test(link.protocol)) toast.append(link);
     return Object.assign(toast, { uniqueid });

@@ -3867,7 +3867,8 @@ class WebBrowser:
         """Return a new tab with the page; the script `before` runs ahead of the page's own."""
         raise NotImplementedError
 
-    def deny_notifications(self, origin: str) -> None: ...
+    def permit(self, name: str, state: str, origin: str) -> None:
+        """Answer for the agent what pages are to be asked for: granted or denied."""
 
 
 class Tab:
@@ -3973,8 +3974,8 @@ class Chromium(WebBrowser):
         tab.navigate(url)
         return tab
 
-    def deny_notifications(self, origin: str) -> None:
-        permission = {"permission": {"name": "notifications"}, "setting": "denied"}
+    def permit(self, name: str, state: str, origin: str) -> None:
+        permission = {"permission": {"name": name}, "setting": state}
         self.call("Browser.setPermission", {**permission, "origin": origin})
 
 
@@ -4071,7 +4072,8 @@ class Firefox(WebBrowser):
         self.link = Browser(sock, "/session", f"127.0.0.1:{matched[1].decode()}")
 
     def begin(self) -> None:
-        self.call("session.new", {"capabilities": {}})
+        # Like Chromium's --ignore-certificate-errors.
+        self.call("session.new", {"capabilities": {"alwaysMatch": {"acceptInsecureCerts": True}}})
         self.call("session.subscribe", {"events": ["log.entryAdded"]})
 
     def hang_up(self) -> None:
@@ -4104,8 +4106,8 @@ class Firefox(WebBrowser):
         tab.navigate(url)
         return tab
 
-    def deny_notifications(self, origin: str) -> None:
-        permission = {"descriptor": {"name": "notifications"}, "state": "denied"}
+    def permit(self, name: str, state: str, origin: str) -> None:
+        permission = {"descriptor": {"name": name}, "state": state}
         self.call("permissions.setPermission", {**permission, "origin": origin})
 
 
@@ -4150,8 +4152,11 @@ class Site(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), SiteHandler)
+    def __init__(self, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> None:
+        super().__init__((host, 0), SiteHandler)
+        if tls is not None:
+            self.socket = tls.wrap_socket(self.socket, server_side=True)
+        self.url = f"{'http' if tls is None else 'https'}://{host}:{self.server_port}"
         self.pages: dict[str, str] = {}
         self.headers: dict[str, str] = {}
         self.asked_for: queue.Queue[str] = queue.Queue()
@@ -4163,10 +4168,6 @@ class Site(ThreadingHTTPServer):
     def __exit__(self, *_: object) -> None:
         self.shutdown()
         self.server_close()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
 
     def page(
         self, port: int, lang: str = "ja", code: str = "", body: str = "", **data: str
@@ -4464,22 +4465,30 @@ class BrowserTests(unittest.TestCase):
             self.assertEqual(events, ["ring", "ring", "answer", "end", "answer"])
 
     def test_one_of_several_tabs_shows_a_call(self) -> None:
-        with Daemon() as daemon:
-            tabs = [self.open_connected(daemon) for _ in range(3)]
-            tabs[1].activate()
-            for tab, is_hidden in zip(tabs, (True, False, True)):
-                tab.wait_for(f"document.hidden === {json.dumps(is_hidden)}")
-            for number in range(3):
-                daemon.trigger(phone=str(number))
-            self.assertEqual([lines[1] for lines in toasts(tabs[1], 3)], ["0", "1", "2"])
-            self.assertEqual(self.shown_in_all(tabs, 3), 3)
-            # All are hidden, and the one that showed the calls has ended.
-            self.open("about:blank#").activate()
-            tabs[1].evaluate("n.close()")
-            for tab in (tabs[0], tabs[2]):
-                tab.wait_for("document.hidden")
-            daemon.trigger(phone="3")
-            self.assertEqual(self.shown_in_all([tabs[0], tabs[2]], 4), 1)
+        # On plain http pages of another host there are no Web Locks.
+        for before in ("", "Object.defineProperty(navigator, 'locks', { value: undefined });"):
+            with self.subTest(before), Daemon() as daemon:
+                url = self.site.coded_page(daemon.port)
+                tabs = [self.open(url, before) for _ in range(3)]
+                for tab in tabs:
+                    tab.wait_for(OPEN)
+                self.check_tabs(daemon, tabs)
+
+    def check_tabs(self, daemon: Daemon, tabs: list[Tab]) -> None:
+        tabs[1].activate()
+        for tab, is_hidden in zip(tabs, (True, False, True)):
+            tab.wait_for(f"document.hidden === {json.dumps(is_hidden)}")
+        for number in range(3):
+            daemon.trigger(phone=str(number))
+        self.assertEqual([lines[1] for lines in toasts(tabs[1], 3)], ["0", "1", "2"])
+        self.assertEqual(self.shown_in_all(tabs, 3), 3)
+        # All are hidden, and the one that showed the calls has ended.
+        self.open("about:blank#").activate()
+        tabs[1].evaluate("n.close()")
+        for tab in (tabs[0], tabs[2]):
+            tab.wait_for("document.hidden")
+        daemon.trigger(phone="3")
+        self.assertEqual(self.shown_in_all([tabs[0], tabs[2]], 4), 1)
 
     def shown_in_all(self, tabs: list[Tab], calls: int) -> int:
         """Return how many popups the tabs show in all, once they have decided on each call."""
@@ -4490,7 +4499,7 @@ class BrowserTests(unittest.TestCase):
         return sum(tab.evaluate(f"{TOASTS}.length") for tab in tabs)
 
     def test_notifications_denied_and_popups_blocked(self) -> None:
-        self.browser.deny_notifications(self.site.url)
+        self.browser.permit("notifications", "denied", self.site.url)
         with Daemon() as daemon:
             url = self.site.coded_page(daemon.port)
             tab = self.open(url, "window.open = () => null; window.localStorage.clear();")
@@ -4602,6 +4611,25 @@ class BrowserTests(unittest.TestCase):
             again = daemon.asked_for.get(timeout=TIMEOUT)
             self.assertTrue(again.endswith(f"?since={start + 1}-0"), again)
 
+    def test_call_that_comes_late_has_the_time_when_it_rang(self) -> None:
+        start = 1763870000000
+        hello = {"type": "HELLO", "id": f"{start}-0", "complete": True, "interval": 25}
+
+        def call(age: int, phone: str) -> dict[str, Any]:
+            fields = {"type": "CALL_IN", "id": f"{start}-{10**30 + age}", "time": start - age}
+            return {**fields, "data": {"phone": phone, "exten": "all"}, "replayed": True}
+
+        with FakeDaemon({**hello, "time": start}, call(31000, "1"), call(1000, "2")) as daemon:
+            tab = self.open_connected(daemon)
+            for lines, kind in zip(toasts(tab, 2), ["切断中の着信", "着信"]):
+                self.assertTrue(lines[0].startswith(kind), lines)
+            times = tab.evaluate("calls.map((call) => call.time.getTime())")
+            self.assertEqual(times, [start - 31000, start - 1000])
+            daemon.drop()
+            daemon.asked_for.get(timeout=TIMEOUT)
+            again = daemon.asked_for.get(timeout=TIMEOUT)
+            self.assertTrue(again.endswith(f"?since={start}-{10**30 + 1000}"), again)
+
     def test_envelope_of_the_go_daemon(self) -> None:
         call = {"type": "CALL_IN", "data": {"phone": "0312345678", "exten": "201"}}
         other = {"type": "CALL_IN", "data": {"phone": "1", "exten": "202"}}
@@ -4621,7 +4649,7 @@ class BrowserTests(unittest.TestCase):
                 (
                     "ja",
                     self.site.server_port,
-                    "WebSocket が通りません (逆プロキシの設定?): no upgrade",
+                    "WebSocket が通りません (リバースプロキシの設定?): no upgrade",
                 ),
                 ("en", self.site.server_port, "WebSocket does not pass (proxy?): no upgrade"),
             ):
@@ -4630,6 +4658,20 @@ class BrowserTests(unittest.TestCase):
                     self.assertTrue(said.startswith(text), said)
                     if port == daemon.port:
                         self.assertIn("127.0.0.1 is not in CRMWS_ALLOW", said)
+
+    def test_other_refusals_are_said_in_words(self) -> None:
+        with Daemon(MAX_BROWSERS=1) as daemon, daemon.browser():
+            for url, text in (
+                (
+                    f"ws://127.0.0.1:{daemon.port}/crmws",
+                    "1 browsers are connected, no more may be",
+                ),
+                (f"ws://127.0.0.1:{daemon.port}/wrong", "/wrong"),
+            ):
+                with self.subTest(url), self.opened(daemon.port, "ja", url=url) as tab:
+                    [[said]] = toasts(tab, 1)
+                    self.assertTrue(said.startswith("PBX に接続を拒否されました: "), said)
+                    self.assertIn(text, said)
 
     def test_wrong_token_is_said_in_words(self) -> None:
         with Daemon(CRMWS_TOKEN="for-browsers") as daemon:
@@ -4728,6 +4770,30 @@ class TestChromium(BrowserTests):
             before = tab.evaluate(color)
             tab.darken()
             self.assertNotEqual(tab.evaluate(color), before)
+
+    # Firefox without a desktop has nobody to show one.
+    def test_desktop_notification_that_is_permitted(self) -> None:
+        listen = """
+            const Real = window.Notification, told = [];
+            window.Notification = class extends Real {
+              constructor(title, options) {
+                super(title, options);
+                for (const type of ['show', 'error', 'close']) {
+                  this.addEventListener(type, () => told.push(`${type} ${this.body}`));
+                }
+              }
+            };"""
+        with Daemon() as daemon:
+            self.browser.permit("notifications", "granted", self.site.url)
+            self.addCleanup(self.browser.permit, "notifications", "prompt", self.site.url)
+            tab = self.open(self.site.coded_page(daemon.port, exten="201"), listen)
+            tab.wait_for(OPEN)
+            self.open("about:blank#").activate()
+            tab.wait_for("document.hidden")
+            daemon.trigger("&exten=201,202&uniqueid=7&name=Yamada", phone="2")
+            tab.wait_for("told[0] === 'show 2 Yamada'")
+            daemon.trigger("&exten=202&uniqueid=7&event=answer", phone="2")
+            tab.wait_for("told[1] === 'close 2 Yamada'")
 
     def test_pictures_for_the_readme(self) -> None:
         body = (
