@@ -4463,6 +4463,14 @@ class BrowserTests(unittest.TestCase):
             self.assertEqual([lines[1] for lines in toasts(tab, 2)], ["2", "3"])
             events = tab.evaluate("calls.map((call) => call.event)")
             self.assertEqual(events, ["ring", "ring", "answer", "end", "answer"])
+            # One that I dismissed, and one that was answered before its popup was there.
+            tab.press("Escape")
+            toasts(tab, 1)
+            daemon.trigger("&exten=202&uniqueid=9.3&event=answer", phone="3")
+            daemon.trigger("&exten=201,202&uniqueid=9.4&event=ring", phone="4")
+            daemon.trigger("&exten=201&uniqueid=9.4&event=answer", phone="4")
+            daemon.trigger("&exten=202", phone="5")
+            self.assertEqual([lines[1] for lines in toasts(tab, 2)], ["2", "5"])
 
     def test_one_of_several_tabs_shows_a_call(self) -> None:
         # On plain http pages of another host there are no Web Locks.
