@@ -3388,6 +3388,7 @@ class Relay:
         clock, newest = link.ask(("TIME",), ("XREVRANGE", stream, "+", "-", "COUNT", 1))
         now = int(clock[0]) * 1000 + int(clock[1]) // 1000
         last = parse_id(newest[0][0].decode()) if newest else CallID(0, 0)
+        now = max(now, last.milliseconds)  # the clock was set back, or is another machine's
         position, is_lost = self._hub.catch_up_from(now, last)
         if is_lost:
             log.warning("Redis has lost calls: its stream %s ended before %s", stream, position)
@@ -3615,6 +3616,7 @@ class SharedHub(Hub):
         if mark.number <= self._highest.get(mark.node, 0):
             self._cursor = self._cursor.moved(position, mark)
             return None
+        self._clock = max(self._clock, position.milliseconds - int(time.monotonic() * 1000))
         self._highest[mark.node] = mark.number
         self._highest.move_to_end(mark.node)
         if len(self._highest) > MAX_NODES:

@@ -2571,6 +2571,28 @@ class TestRelay(unittest.TestCase):
                     self.assertEqual([each["phone"] for each in messages], [*expected])
                     self.assertTrue(all(each["replayed"] for each in messages))
 
+    def test_position_that_is_ahead_of_the_clocks(self) -> None:
+        with Redis() as redis, contextlib.ExitStack() as stack:
+            one = stack.enter_context(Daemon(REDIS_URL=redis.url))
+            one.wait_for_log(UP)
+            # As the stream goes on when Redis's clock has been put forward, or is put back next.
+            ahead = int(time.time() * 1000) + 60_000
+            redis.ask("XADD", "popup-notifier", f"{ahead}-0", "resumed", "1")
+            with one.browser() as browser:
+                one.trigger(phone="0")
+                position = browser.message()["id"]
+            self.assertEqual(position, f"{ahead}-1")
+            one.trigger(phone="1")
+            one.trigger(phone="2")
+            other = stack.enter_context(Daemon(REDIS_URL=redis.url))
+            other.wait_for_log(UP)
+            for daemon, times in ((one, 1), (other, 1), (one, 2)):
+                daemon.wait_for_log(UP, times)
+                with daemon.browser(f"?since={position}") as browser:
+                    self.assertTrue(browser.hello()["complete"])
+                    self.assertEqual(browser.phones(2), ["1", "2"])
+                redis.ask("CLIENT", "KILL", "TYPE", "normal")
+
     def test_history_survives_a_restart_of_all_daemons(self) -> None:
         with Redis() as redis:
             with Daemon(REDIS_URL=redis.url) as daemon:
