@@ -3698,6 +3698,9 @@ class SharedHub(Hub):
                     break
                 self._pending.popitem(last=False)
                 lost += 1
+            # Each that was given up is the first of those to send, or is being sent.
+            while self._to_send and self._to_send[0].mark not in self._pending:
+                self._to_send.popleft()
         return lost
 
     def _patience(self) -> float:

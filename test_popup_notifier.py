@@ -2672,6 +2672,20 @@ class TestRelay(unittest.TestCase):
             daemon.wait_for_log("1 calls did not reach the other nodes")
             self.assertEqual(redis.ask("EXISTS", "popup-notifier"), 0)
 
+    def test_calls_that_are_given_up_leave_the_memory(self) -> None:
+        with Redis() as redis, Daemon(REDIS_URL=redis.url, HISTORY=0) as daemon:
+            daemon.wait_for_log(UP)
+            redis.kill()
+            daemon.wait_for_log(AWAY)
+            sizes = []
+            for _ in range(2):
+                for number in range(1500):
+                    daemon.trigger(f"&name={'x' * 2000}&more={'x' * 2000}", phone=str(number))
+                while redis_metrics(daemon)["redis_waiting_calls"]:
+                    time.sleep(0.1)
+                sizes.append(daemon.status("VmRSS"))
+            self.assertLess(sizes[1] - sizes[0], 8 * 1024)  # KiB; the calls have 24,000
+
     def test_stopped_redis_delays_nobody(self) -> None:
         with Redis() as redis, contextlib.ExitStack() as stack:
             one, other = self.pair(stack, redis)
