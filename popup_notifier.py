@@ -2941,6 +2941,7 @@ REDIS_START = 1.0  # seconds that the start waits for the history
 STREAM_LENGTH = 100_000  # entries kept: five times MAX_HISTORY, some 20 MB
 LATE = 1.0  # seconds after which a call is shown as one that was missed
 MAX_MARKS = 20  # of a cursor: nodes that were cut off at a time
+MAX_AGE = 10**6  # seconds that a call may have waited: HISTORY ends before
 MAX_NODES = 1000  # whose last number is remembered
 MAX_BULK = 1 << 20  # bytes; a call has 200 KiB at most
 MAX_ELEMENTS = 1 << 16
@@ -2952,8 +2953,8 @@ class RedisError(Exception):
     """Redis refused a command, or does not speak its protocol."""
 
 
-# What a link can end with; the last three when somebody answers who is no Redis.
-LINK_ERRORS = (OSError, RedisError, ValueError, TypeError, LookupError)
+# What a link can end with; the last four when somebody answers who is no Redis.
+LINK_ERRORS = (OSError, RedisError, ValueError, TypeError, LookupError, AttributeError)
 
 
 class RESP:
@@ -3155,11 +3156,13 @@ def parse_entry(position: CallID, words: list[bytes]) -> Entry:
     named = dict(zip(words[::2], words[1::2]))
     try:
         mark = Mark(int(named[b"node"]), int(named[b"number"]))
-        age, source = int(named[b"age"]) / 1000, named[b"source"].decode()
+        age, source = int(named[b"age"]) / 1000, named[b"source"].decode("ascii")
         parameters = json.loads(named[b"parameters"])
         pairs = list(parameters.items())
-    except (KeyError, AttributeError, RecursionError) as error:
+    except (KeyError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(str(error)) from None
+    if not source.isprintable() or not 0 <= age < MAX_AGE:
+        raise ValueError("source or age is none of ours")
     if not all(isinstance(text, str) for pair in pairs for text in pair):
         raise ValueError("a parameter is not a text")
     if not {"phone", "exten"} <= set(parameters):

@@ -2786,6 +2786,20 @@ class TestRelay(unittest.TestCase):
                         self.assertEqual(browser.phones(1), ["0312345678"])
                     daemon.wait_for_log(f'{AWAY}: {address} refuses: "NOPERM')
 
+    def test_somebody_who_is_no_redis(self) -> None:
+        clock = b"*2\r\n$1\r\n1\r\n$1\r\n1\r\n"
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            with Daemon(REDIS_URL=f"redis://127.0.0.1:{server.getsockname()[1]}") as daemon:
+                with server.accept()[0] as writer:
+                    writer.sendall(b"+OK\r\n")
+                    with server.accept()[0] as reader:
+                        reader.recv(4096)
+                        reader.sendall(b"+OK\r\n")
+                        reader.recv(4096)
+                        reader.sendall(clock + b"*1\r\n*1\r\n:5\r\n")
+                        daemon.wait_for_log(f"{AWAY}: .* cannot be reached: .*int")
+                self.assertEqual(daemon.trigger(), 200)
+
     def test_key_that_holds_something_else(self) -> None:
         with Redis() as redis:
             redis.ask("SET", "popup-notifier", "a text")
@@ -2802,11 +2816,17 @@ class TestRelay(unittest.TestCase):
         with Redis() as redis, Daemon(REDIS_URL=redis.url) as daemon:
             daemon.wait_for_log(UP)
             with daemon.browser() as browser:
-                for words in [*strange, *((*ours, text) for text in ("{", "[]", '{"phone": 1}'))]:
+                strange += [(*ours, text) for text in ("{", "[]", '{"phone": 1}')]
+                # Of the right shape: each of them would end the relay, or begin a log line.
+                good = '{"phone": "1", "exten": "all"}'
+                for age, source in [("9" * 400, ""), ("-1", ""), ("0", "x\nforged"), ("0", "é")]:
+                    odd = ("node", "1", "number", "1", "age", age, "source", source)
+                    strange.append((*odd, "parameters", good))
+                for words in strange:
                     redis.ask("XADD", "popup-notifier", "*", *words)
                 daemon.trigger()
                 self.assertEqual(browser.phones(1), ["0312345678"])
-            self.assertEqual(len(daemon.wait_for_log("is passed over", 6)), 6)
+            self.assertEqual(len(daemon.wait_for_log("is passed over", 10)), 10)
 
     def test_ids_increase_when_redis_has_forgotten_all(self) -> None:
         with Redis() as redis, contextlib.ExitStack() as stack:
