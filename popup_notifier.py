@@ -3224,7 +3224,11 @@ class Link:
             context = ssl.create_default_context()
             self.sock = context.wrap_socket(self.sock, server_hostname=url.address[0])
         if url.login:
-            self.ask(("AUTH", *url.login))
+            try:
+                self.ask(("AUTH", *url.login))
+            except RedisError as error:
+                # A command that it does not know is repeated with its words.
+                raise RedisError(str(error).partition(", with args")[0]) from None
         if url.database:
             self.ask(("SELECT", url.database))
         with contextlib.suppress(RedisError):  # for CLIENT LIST; may be forbidden

@@ -2755,6 +2755,14 @@ class TestRelay(unittest.TestCase):
             self.assertIn("REDIS_URL=(hidden)\n", done.stdout)
             self.assertNotIn(password, done.stdout + done.stderr)
 
+    def test_refusal_that_repeats_the_password(self) -> None:
+        with Redis("--rename-command", "AUTH", "") as redis:
+            url = f"redis://someone:geheim@127.0.0.1:{redis.port}"
+            with Daemon(REDIS_URL=url) as daemon:
+                daemon.wait_for_log(f"{AWAY}: .* refuses: .*unknown command .AUTH")
+                health = daemon.exchange(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n")
+                self.assertNotIn("geheim", health.decode() + "".join(daemon.lines))
+
     def config(self, url: str) -> Path:
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
