@@ -3622,6 +3622,7 @@ class SharedHub(Hub):
             return None
         if mark.number <= self._highest.get(mark.node, 0):
             self._cursor = self._cursor.moved(position, mark)
+            self._pending.pop(mark, None)  # too late: a later one came through before it
             return None
         self._clock = max(self._clock, position.milliseconds - int(time.monotonic() * 1000))
         self._highest[mark.node] = mark.number
@@ -3629,8 +3630,8 @@ class SharedHub(Hub):
         if len(self._highest) > MAX_NODES:
             self._highest.popitem(last=False)
         pending = self._pending.pop(mark, None)
-        if self._waiting and self._waiting[0] is pending:
-            self._waiting.popleft()
+        if pending is not None and pending.call is None:
+            self._waiting.remove(pending)  # the first, unless Redis lost those before it
         was_early = pending is not None and pending.call is not None
         delay = max(now - position.milliseconds, 0) / 1000 if now else 0.0
         extens = self._history.audience_of(entry.parameters)

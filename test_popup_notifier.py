@@ -2287,6 +2287,19 @@ class TestCursor(unittest.TestCase):
             cursor = Cursor.of(CallID(7, sequence))
             self.assertGreater(cursor.after(self.call(0, (1, 1))).id, cursor.id)
 
+    def test_call_behind_one_that_redis_lost_is_heard_once(self) -> None:
+        with contextlib.closing(Model(random.Random(0))) as model:
+            hub = model.hubs[0]
+            with hub.browser(CallID(0, 0)) as browser:
+                hub.be_patient()
+                hub.call()
+                hub.call()
+                hub.write()
+                del model.stream[0]
+                hub.read(1)
+                hub.run_out_of_patience()
+                self.assertEqual([phone for phone, _ in hub.heard(browser)], ["1", "0"])
+
     def test_nodes_that_were_cut_off_in_any_way(self) -> None:
         """Model: a browser moves between nodes that hear the stream late and call early."""
         for seed in range(150):
