@@ -3116,7 +3116,7 @@ class Cursor(NamedTuple):
 class Pending:
     """A call of this node that has not come back through the stream yet."""
 
-    __slots__ = ("answer", "call", "mark", "parameters", "source", "time", "was_sent")
+    __slots__ = ("answer", "call", "mark", "parameters", "sent", "source", "time")
 
     def __init__(
         self,
@@ -3131,7 +3131,7 @@ class Pending:
         self.answer = answer
         self.time = time.monotonic()
         self.call: Call | None = None  # once it was delivered early
-        self.was_sent = False  # it may be in the stream
+        self.sent = math.inf  # when it was last; it may be in the stream since
 
     def fields(self) -> tuple[object, ...]:
         """Return its entry in the stream."""
@@ -3499,6 +3499,8 @@ class Relay:
                     if self._hub.receive(entries) and self.state is RelayState.SLOW:
                         self._enter(RelayState.UP, f"calls are shared by {self._url} again")
                 elif not writer.awaited:
+                    if self._hub.misses_a_call():
+                        raise RedisError("it has calls that do not come back through the stream")
                     writer.send(("PING",))
                 self._request_entries(reader)
         except LINK_ERRORS as error:
@@ -3682,9 +3684,18 @@ class SharedHub(Hub):
             while self._to_send and len(batch) < REDIS_BATCH:
                 pending = self._to_send.popleft()
                 if pending.mark in self._pending:
-                    pending.was_sent = True
+                    pending.sent = time.monotonic()
                     batch.append(pending)
             return batch
+
+    def misses_a_call(self) -> bool:
+        """Tell whether a call that Redis has taken is not in the stream behind our position.
+
+        So it is when the stream is made anew, by a clock that is behind or by another Redis.
+        """
+        with self._lock:
+            oldest = next(iter(self._pending.values()), None)
+            return oldest is not None and oldest.sent < time.monotonic() - LATE
 
     def next_deadline(self) -> float:
         """Return when a call is to be delivered early or given up, math.inf for never."""
@@ -3732,9 +3743,9 @@ class SharedHub(Hub):
         if is_ahead:
             # What was sent may be among what it has heard: the stream will tell. Later calls are
             # not, and their marks must not speak for these.
-            sent = [pending.mark.node for pending in self._pending.values() if pending.was_sent]
-            subscriber.unsure = set(sent)
-            if self._node in sent:
+            sent = [each for each in self._pending.values() if each.sent < math.inf]
+            subscriber.unsure = {pending.mark.node for pending in sent}
+            if self._node in subscriber.unsure:
                 self._node, self._number = new_node(), 0
         for call in itertools.chain(missed, early):
             if is_unsure(subscriber, call):

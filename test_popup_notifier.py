@@ -2868,6 +2868,21 @@ class TestRelay(unittest.TestCase):
             daemons[0].trigger()
             self.assertEqual(browser.message()["id"], "4000000000000-7")
 
+    def test_stream_that_begins_anew_behind_our_position(self) -> None:
+        with Redis() as redis, contextlib.ExitStack() as stack:
+            one, other = self.pair(stack, redis)
+            here, there = (stack.enter_context(each.browser()) for each in (one, other))
+            redis.ask("XADD", "popup-notifier", "4000000000000-5", "resumed", "1")
+            one.trigger(phone="0")
+            self.assertEqual((here.phones(1), there.phones(1)), (["0"], ["0"]))
+            redis.ask("FLUSHALL")
+            one.trigger(phone="1")
+            self.assertEqual((here.phones(1), there.phones(1)), (["1"], ["1"]))
+            one.wait_for_log("do not come back")
+            one.wait_for_log(UP, 2)
+            one.trigger(phone="2")
+            self.assertEqual((here.phones(1), there.phones(1)), (["2"], ["2"]))
+
     def test_unix_socket(self) -> None:
         with Redis() as redis, Daemon(REDIS_URL=f"unix://{redis.path}?db=2") as daemon:
             daemon.wait_for_log(f"calls are shared by {redis.path}")
