@@ -3157,16 +3157,11 @@ def parse_entry(position: CallID, words: list[bytes]) -> Entry:
     try:
         mark = Mark(int(named[b"node"]), int(named[b"number"]))
         age, source = int(named[b"age"]) / 1000, named[b"source"].decode("ascii")
-        parameters = json.loads(named[b"parameters"])
-        pairs = list(parameters.items())
-    except (KeyError, AttributeError, RecursionError, OverflowError) as error:
+        parameters = check_parameters(json.loads(named[b"parameters"]).items())
+    except (KeyError, AttributeError, RecursionError, OverflowError, RequestError) as error:
         raise ValueError(str(error)) from None
     if not source.isprintable() or not 0 <= age < MAX_AGE:
         raise ValueError("source or age is none of ours")
-    if not all(isinstance(text, str) for pair in pairs for text in pair):
-        raise ValueError("a parameter is not a text")
-    if not {"phone", "exten"} <= set(parameters):
-        raise ValueError("phone and exten are missing")
     return Entry(position, mark, age, source, parameters)
 
 

@@ -2837,7 +2837,8 @@ class TestRelay(unittest.TestCase):
         with Redis() as redis, Daemon(REDIS_URL=redis.url) as daemon:
             daemon.wait_for_log(UP)
             with daemon.browser() as browser:
-                strange += [(*ours, text) for text in ("{", "[]", '{"phone": 1}')]
+                long = json.dumps({"phone": "1", "exten": "all", "name": "x" * 2049})
+                strange += [(*ours, text) for text in ("{", "[]", '{"phone": []}', "{}", long)]
                 # Of the right shape: each of them would end the relay, or begin a log line.
                 good = '{"phone": "1", "exten": "all"}'
                 for age, source in [("9" * 400, ""), ("-1", ""), ("0", "x\nforged"), ("0", "é")]:
@@ -2847,7 +2848,7 @@ class TestRelay(unittest.TestCase):
                     redis.ask("XADD", "popup-notifier", "*", *words)
                 daemon.trigger()
                 self.assertEqual(browser.phones(1), ["0312345678"])
-            self.assertEqual(len(daemon.wait_for_log("is passed over", 10)), 10)
+            self.assertEqual(len(daemon.wait_for_log("is passed over", 12)), 12)
 
     def test_ids_increase_when_redis_has_forgotten_all(self) -> None:
         with Redis() as redis, contextlib.ExitStack() as stack:
