@@ -23,6 +23,7 @@ Who may touch what:
     has a thread of its own for the same. What waits for a disk gets a request thread.
     The Hub's I/O thread owns every browser's socket from Hub.subscribe() on: nobody else reads,
     writes or closes it. What other threads hand to the Hub passes through its lock.
+    With REDIS_URL two more threads, the Relay's, talk to Redis, and hand calls to the Hub.
 """
 
 from __future__ import annotations
@@ -116,6 +117,23 @@ REPORT_PERIOD = 60.0  # refusals of an address with a status: the first REPORT_L
 REPORT_LINES = 3  # are logged, the others summed up at its end, or when REPORT_KEYS are counted
 REPORT_KEYS = 1000
 
+# Limits of section 7, in seconds, counts and bytes.
+REDIS_PATIENCE = 0.1  # seconds that a call may take through Redis before it is delivered here
+REDIS_TIMEOUT = 5.0  # seconds for an answer, and between two signs of life
+REDIS_DELAYS = (0.1, 5.0)  # seconds between two attempts to connect: the first, the longest
+REDIS_WAITING = 256  # triggers that may wait at a time
+REDIS_BATCH = 100  # calls written or read at a time
+REDIS_START = 1.0  # seconds that the start waits for the history
+STREAM_LENGTH = 100_000  # entries kept: five times MAX_HISTORY, some 20 MB
+LATE = 1.0  # seconds after which a call is shown as one that was missed
+MAX_MARKS = 20  # of a cursor: nodes that were cut off at a time
+MAX_AGE = 10**6  # seconds that a call may have waited: HISTORY ends before
+MAX_NODES = 1000  # whose last number is remembered
+MAX_BULK = 1 << 20  # bytes of a string that Redis sends; a call has 200 KiB at most
+MAX_ELEMENTS = 1 << 16  # of a list; a batch has hundreds
+MAX_DEPTH = 8  # of lists in lists; XREAD's reply has 5
+MAX_LINE = 16 * 1024  # bytes; it is an error's text at most
+
 log = logging.getLogger("popup-notifier")
 
 IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
@@ -128,6 +146,7 @@ IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 #     RequestError        this request is answered with `status`
 #       HandshakeError    so is this opening handshake
 #     ProtocolError       this WebSocket connection is failed with `close_code`
+#     RedisError          Redis refused a command, or does not speak its protocol
 
 
 class ConfigError(Exception):
@@ -157,6 +176,10 @@ class ProtocolError(Exception):
     def __init__(self, close_code: CloseCode, reason: str) -> None:
         super().__init__(reason)
         self.close_code = close_code
+
+
+class RedisError(Exception):
+    """Redis refused a command, or does not speak its protocol."""
 
 
 def quote(text: str, limit: int = 64) -> str:
@@ -2932,30 +2955,6 @@ def tls_refusal(error: ssl.SSLError) -> RequestError:
 # wait for longer than HISTORY. If Redis itself forgot entries (no appendonly), its stream is
 # pushed on to where we were, so that no ID comes twice.
 
-REDIS_PATIENCE = 0.1  # seconds that a call may take through Redis before it is delivered here
-REDIS_TIMEOUT = 5.0  # seconds for an answer, and between two signs of life
-REDIS_DELAYS = (0.1, 5.0)  # seconds between two attempts to connect: the first, the longest
-REDIS_WAITING = 256  # triggers that may wait at a time
-REDIS_BATCH = 100  # calls written or read at a time
-REDIS_START = 1.0  # seconds that the start waits for the history
-STREAM_LENGTH = 100_000  # entries kept: five times MAX_HISTORY, some 20 MB
-LATE = 1.0  # seconds after which a call is shown as one that was missed
-MAX_MARKS = 20  # of a cursor: nodes that were cut off at a time
-MAX_AGE = 10**6  # seconds that a call may have waited: HISTORY ends before
-MAX_NODES = 1000  # whose last number is remembered
-MAX_BULK = 1 << 20  # bytes; a call has 200 KiB at most
-MAX_ELEMENTS = 1 << 16
-MAX_DEPTH = 8
-MAX_LINE = 16 * 1024
-
-
-class RedisError(Exception):
-    """Redis refused a command, or does not speak its protocol."""
-
-
-# What a link can end with; the last four when somebody answers who is no Redis.
-LINK_ERRORS = (OSError, RedisError, ValueError, TypeError, LookupError, AttributeError)
-
 
 class RESP:
     """Redis's protocol, version 2, as a client without I/O: bytes in, replies out.
@@ -3190,6 +3189,10 @@ class RelayStatus(NamedTuple):
     waiting: int  # calls of ours that are not in the stream
     lag: float  # seconds that the oldest of them has waited
     lost: int  # calls that will never be there
+
+
+# What a link can end with; the last four when somebody answers who is no Redis.
+LINK_ERRORS = (OSError, RedisError, ValueError, TypeError, LookupError, AttributeError)
 
 
 class Link:
