@@ -119,7 +119,8 @@ REPORT_KEYS = 1000
 
 # Limits of section 7, in seconds, counts and bytes.
 REDIS_PATIENCE = 0.1  # seconds that a call may take through Redis before it is delivered here
-REDIS_TIMEOUT = 5.0  # seconds for an answer, and between two signs of life
+REDIS_TIMEOUT = 5.0  # seconds for an answer
+REDIS_BLOCK = 2.0  # seconds that a read waits for calls; then both links show a sign of life
 REDIS_DELAYS = (0.1, 5.0)  # seconds between two attempts to connect: the first, the longest
 REDIS_WAITING = 256  # triggers that may wait at a time
 REDIS_BATCH = 100  # calls written or read at a time
@@ -1037,6 +1038,7 @@ class Call(NamedTuple):
     mark: Mark | None = None
     position: CallID | None = None
     is_late: bool = False
+    is_news: bool = True  # to all but travellers
 
     def replay_frame(self) -> bytes:
         """Return the frame for a browser that missed the call."""
@@ -1828,7 +1830,7 @@ class Hub:
 
     def _log_call(self, call: Call, count: int) -> None:
         """Log and count who called whom, and how many browsers got it; if none did, why."""
-        if not call.frame:  # heard before by all but travellers
+        if not call.is_news:
             return
         self.metrics.observe(count, time.monotonic() - call.time)
         log.info(
@@ -2948,8 +2950,8 @@ def tls_refusal(error: ssl.SSLError) -> RequestError:
 #    call by call, under IDs of its own, until its cursor is the node's.
 # 4. IDs strictly increase: an ID's milliseconds never go back, and are stepped up where the rest
 #    would. As soon as all marks are in the stream and it has passed the last ID, the IDs are the
-#    stream's again. No clock is compared with another one: a wrong clock makes IDs longer, nothing
-#    else.
+#    stream's again. A node's own clock is compared with nothing: if wrong, it makes IDs longer.
+#    Redis's clock, which its IDs are made of, tells how far back the history goes.
 #
 # Lost to the other nodes are the calls of a node that dies before Redis is back, and those that
 # wait for longer than HISTORY. If Redis itself forgot entries (no appendonly), its stream is
@@ -3010,7 +3012,7 @@ class RESP:
         elif number < 0:
             self._add(None)
         elif number > (MAX_BULK if kind == b"$" else MAX_ELEMENTS):
-            raise RedisError(f"a reply of {number} parts")
+            raise RedisError(f"a reply with {number} bytes or parts: no call is so long")
         elif kind == b"$":
             self._bulk = number
         elif number == 0:
@@ -3048,10 +3050,10 @@ def check_replies(replies: Iterable[Any]) -> None:
 
 
 class Mark(NamedTuple):
-    """Names a call by who triggered it: the node of this number, as its so manieth call."""
+    """Names a call by the daemon that was triggered."""
 
-    node: int
-    number: int
+    node: int  # the daemon, by a number of its own
+    number: int  # of the call: the daemon counts them
 
 
 class Cursor(NamedTuple):
@@ -3129,7 +3131,7 @@ class Pending:
         self.source = source
         self.answer = answer
         self.time = time.monotonic()
-        self.call: Call | None = None  # once it was delivered early
+        self.call: Call | None = None  # once delivered early; until then SharedHub._waiting has it
         self.sent = math.inf  # when it was last; it may be in the stream since
 
     def fields(self) -> tuple[object, ...]:
@@ -3234,9 +3236,11 @@ class Link:
 
     def ask(self, *commands: tuple[object, ...]) -> list[Any]:
         """Send commands and wait for their replies; raises the first error among these."""
+        deadline = time.monotonic() + REDIS_TIMEOUT
         self.sock.sendall(b"".join([serialize_command(*each) for each in commands]))
         replies: list[Any] = []
         while len(replies) < len(commands):
+            self.sock.settimeout(max(deadline - time.monotonic(), 0.001))
             data = self.sock.recv(READ_SIZE)
             if not data:
                 raise ConnectionError("it hung up")
@@ -3291,6 +3295,7 @@ class Relay:
         self._waker = Waker()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._waker, selectors.EVENT_READ, self._waker.drain)
+        self._position = CallID(0, 0)  # the stream was read up to here
         self._new_links: collections.deque[tuple[Link, Link]] = collections.deque()
         self._links: tuple[Link, Link] | None = None  # one writes, one reads
         self._has_tried = threading.Event()
@@ -3346,7 +3351,9 @@ class Relay:
     def _go_away(self, error: Exception) -> None:
         """Take note of why Redis is away, and log it when that is news to an admin."""
         is_refusal = isinstance(error, RedisError) and not str(error).startswith("LOADING")
-        verb = "refuses" if isinstance(error, RedisError) else "cannot be reached"
+        verb = "refuses" if isinstance(error, RedisError) else "answers as no Redis does"
+        if isinstance(error, OSError):
+            verb = "cannot be reached"
         text = getattr(error, "strerror", None) or str(error)
         reason = f"{self._url} {verb}: {quote(text, 200)}"
         is_first = self.state is not RelayState.AWAY or not self._has_tried.is_set()
@@ -3466,9 +3473,9 @@ class Relay:
         self._request_entries(reader)
 
     def _request_entries(self, reader: Link) -> None:
-        head = ("XREAD", "COUNT", REDIS_BATCH, "BLOCK", int(REDIS_TIMEOUT * 1000))
+        head = ("XREAD", "COUNT", REDIS_BATCH, "BLOCK", int(REDIS_BLOCK * 1000))
         command = (*head, "STREAMS", self._url.stream, self._position)
-        reader.send(command, patience=2 * REDIS_TIMEOUT)
+        reader.send(command, patience=REDIS_BLOCK + REDIS_TIMEOUT)
 
     def _write(self) -> None:
         """Send on, and take the replies of the link that writes."""
@@ -3520,7 +3527,7 @@ class Relay:
 
 def parse_stream(reply: Any) -> tuple[CallID, list[Entry]]:
     """Return the last ID and our entries in the reply to XREAD for one stream."""
-    entries = []
+    entries, strange = [], []
     ((_, items),) = reply
     for name, words in items:
         position = parse_id(name.decode())
@@ -3528,9 +3535,9 @@ def parse_stream(reply: Any) -> tuple[CallID, list[Entry]]:
             entries.append(parse_entry(position, words))
         except ValueError as error:
             if words[:1] != [b"resumed"]:
-                log.warning(
-                    "stream entry %s is not a call and is passed over: %s", position, error
-                )
+                strange.append(f"{position}: {error}")
+    if strange:
+        log.warning("%d stream entries are no calls, the first is %s", len(strange), strange[0])
     return position, entries
 
 
@@ -3647,7 +3654,7 @@ class SharedHub(Hub):
         self._cursor = self._cursor.after(call)
         if call.id != self._cursor.id:
             call = renamed(call, self._cursor.id)
-        self._calls.append(call if is_news else call._replace(frame=b""))
+        self._calls.append(call._replace(is_news=is_news))
         return None if was_early else pending
 
     def _conclude(self, done: list[Pending]) -> None:
@@ -3748,16 +3755,9 @@ class SharedHub(Hub):
         if cursor.id == cursor.position and not early:
             # As nearly always: the stream's IDs are true for it, and there may be 20,000 calls.
             subscriber.missed = [call for call in missed if subscriber.wants(call)]
-            missed = []
-        for call in itertools.chain(missed, early):
-            if is_unsure(subscriber, call):
-                continue
-            is_new = not cursor.has(call)
-            if is_new or call.position is not None:
-                cursor = cursor.after(call)
-            if is_new and subscriber.wants(call):
-                same = call.id == cursor.id
-                subscriber.missed.append(call if same else renamed(call, cursor.id))
+        else:
+            cursor, unheard = sort_out(subscriber, cursor, itertools.chain(missed, early))
+            subscriber.missed = [call for _, call in unheard]
         cursor = cursor.moved(self._cursor.position, None)
         if not cursor.agrees_with(self._cursor):
             subscriber.cursor = cursor
@@ -3767,9 +3767,9 @@ class SharedHub(Hub):
     # The I/O thread's.
 
     def _deliver(self, calls: list[Call]) -> list[int]:
-        news = [call for call in calls if call.frame]
+        news = [call for call in calls if call.is_news]
         heard_by = iter(super()._deliver(news) if news else ())
-        counts = [next(heard_by) if call.frame else 0 for call in calls]
+        counts = [next(heard_by) if call.is_news else 0 for call in calls]
         for subscriber in list(self._audience.travellers):
             heard = self._travel(subscriber, calls)
             for index, _ in heard:
@@ -3780,23 +3780,14 @@ class SharedHub(Hub):
 
     def _share_of(self, subscriber: Subscriber, calls: list[Call]) -> bytes:
         if subscriber.cursor is None:
-            return super()._share_of(subscriber, calls)
+            return super()._share_of(subscriber, [call for call in calls if call.is_news])
         return b"".join([frame for _, frame in self._travel(subscriber, calls)])
 
     def _travel(self, subscriber: Subscriber, calls: list[Call]) -> list[tuple[int, bytes]]:
         """Return the frames of a traveller, with the calls' indices; it may have arrived then."""
-        cursor = subscriber.cursor
-        if cursor is None or not calls:
+        if subscriber.cursor is None or not calls:
             return []
-        heard = []
-        for index, call in enumerate(calls):
-            if is_unsure(subscriber, call):
-                continue
-            is_new = not cursor.has(call)
-            if is_new or call.position is not None:
-                cursor = cursor.after(call)
-            if is_new and subscriber.wants(call):
-                heard.append((index, renamed(call, cursor.id).frame))
+        cursor, unheard = sort_out(subscriber, subscriber.cursor, calls)
         rest = Cursor.of(calls[-1].id)
         cursor = cursor.moved(rest.position, None)
         subscriber.cursor = cursor
@@ -3804,12 +3795,27 @@ class SharedHub(Hub):
             subscriber.cursor = None
             self._audience.discard(subscriber)
             self._audience.add(subscriber)
-        return heard
+        return [(index, call.frame) for index, call in unheard]
 
 
-def is_unsure(subscriber: Subscriber, call: Call) -> bool:
-    """Tell whether a traveller may have heard an early call elsewhere."""
-    return call.position is None and call.mark is not None and call.mark.node in subscriber.unsure
+def sort_out(
+    subscriber: Subscriber, cursor: Cursor, calls: Iterable[Call]
+) -> tuple[Cursor, list[tuple[int, Call]]]:
+    """Return the cursor of a browser behind these calls, and what it has not heard of them.
+
+    The latter with its indices, and under the IDs that the browser's cursor then had.
+    """
+    unheard = []
+    for index, call in enumerate(calls):
+        is_early = call.position is None
+        if is_early and call.mark is not None and call.mark.node in subscriber.unsure:
+            continue
+        is_new = not cursor.has(call)
+        if is_new or not is_early:
+            cursor = cursor.after(call)
+        if is_new and subscriber.wants(call):
+            unheard.append((index, call if call.id == cursor.id else renamed(call, cursor.id)))
+    return cursor, unheard
 
 
 def new_node() -> int:
