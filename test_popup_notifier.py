@@ -2609,12 +2609,14 @@ class TestRelay(unittest.TestCase):
     def test_history_survives_a_restart_of_all_daemons(self) -> None:
         with Redis() as redis:
             with Daemon(REDIS_URL=redis.url) as daemon:
+                daemon.wait_for_log(UP)
                 daemon.trigger()
                 with daemon.browser("?since=") as browser:
                     position = browser.hello()["id"]
                 for number in range(3):
                     daemon.trigger(phone=str(number))
             with Daemon(REDIS_URL=redis.url) as daemon:
+                daemon.wait_for_log(UP)
                 with daemon.browser(f"?since={position}") as browser:
                     self.assertTrue(browser.hello()["complete"])
                     self.assertEqual(browser.phones(3), ["0", "1", "2"])
