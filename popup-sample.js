@@ -60,7 +60,7 @@
   // --- 2. Connection --------------------------------------------------------
   // Keeps one WebSocket open, until the function that it returns is called.
   function keepConnected(address, receive, report) {
-    let socket, timer, notice, heardAt, openedAt;
+    let socket, timer, notice, heardAt, openedAt, isMixed;
     let patience;      // ms of silence that mean a dead connection
     let position = ''; // all calls up to this id have arrived
     let failures = 0;  // connections in a row that did not hold
@@ -74,7 +74,10 @@
       address.searchParams.set('since', position);
       try {
         socket = Object.assign(new WebSocket(address.href), { onopen, onmessage, onclose });
-      } catch (error) { onclose(); } // ws: from an https page
+      } catch (error) { // ws: from an https page, unless Chrome lets it pass to a private address
+        isMixed = true;
+        onclose();
+      }
     }
     // A dead connection may take minutes to close: nobody waits for it, or hears it again.
     function drop() {
@@ -107,7 +110,7 @@
     }
     // Says once why there is no connection; the agent is not told when a PBX is gone for a while.
     async function explain() {
-      const found = await findCause(address);
+      const found = await findCause(address, isMixed);
       if (openedAt < Infinity || found.reason === cause.reason) return;
       cause = found;
       if (report('connecting', cause) === false || (position && cause.reason === 'unreachable')) return;
@@ -133,17 +136,17 @@
   }
 
   // The browser hides why a handshake was refused; the daemon's answer to a plain GET tells.
-  async function findCause({ href }) {
+  async function findCause({ href }, isMixed) {
     const answer = await fetch(href.replace('ws', 'http'), { signal: AbortSignal.timeout(5000) }).catch(() => null);
     if (answer) {
       const reason = answer.status in WORDS ? answer.status : 'refused';
       return { reason, text: `${say(reason)}: ${(await answer.text()).slice(0, 200)}` };
     }
-    // A public page may reach a private address only with permission; each browser has its own name for it.
+    // A public page may reach a private address only with permission, by either name. Plain http pages are told
+    // "denied" of any address, also of those that they may reach.
     const isDenied = async (name) => (await navigator.permissions.query({ name })).state === 'denied';
-    const names = ['local-network-access', 'local-network', 'loopback-network'];
+    const names = window.isSecureContext ? ['local-network-access', 'local-network'] : [];
     const denials = await Promise.all(names.map((name) => isDenied(name).catch(() => false)));
-    const isMixed = location.protocol === 'https:' && href.startsWith('ws:');
     const reason = isMixed ? 'mixed' : denials.includes(true) ? 'permission' : 'unreachable';
     return { reason, text: say(reason) };
   }
@@ -191,27 +194,26 @@
     return { close, askPermission: async () => Notification.requestPermission() };
   }
 
-  // Of several tabs one shows the call; the visible one waits least. Plain http pages have no Web Locks:
-  // there the oldest claim wins, and a tab looks twice, for it may see others' claims a little late.
+  // Of several tabs one shows the call; the visible one waits least. Transactions of a database come one after
+  // the other, whichever tab they are of; plain http pages have them too (but no Web Locks).
   async function claim({ id, phone, exten }) {
     const sleep = (ms) => new Promise((resolve) => { setTimeout(resolve, ms); });
+    const done = (request) => new Promise((resolve, reject) => {
+      Object.assign(request, { onsuccess: () => resolve(request.result), onerror: () => reject(request.error) });
+    });
     const [call, life] = id ? [id, CLAIM_LIFE] : [`${phone} ${exten}`, REPEAT];
     await sleep((document.hidden ? 300 : 0) + (document.hasFocus() ? 0 : 100 * Math.random()));
-    if (navigator.locks) {
-      return new Promise((resolve, reject) => {
-        const keep = (lock) => { resolve(Boolean(lock)); return lock && sleep(life); };
-        navigator.locks.request(`popup-notifier ${call}`, { ifAvailable: true }, keep).catch(reject);
-      });
-    }
-    const age = (key) => Date.now() - parseInt(key.split(' ')[1], 10);
-    const claims = () => Object.keys(localStorage).filter((key) => key.startsWith('popup-notifier ')).sort();
-    const isRival = (key) => localStorage.getItem(key) === call && age(key) < life;
-    if (claims().some(isRival)) return false;
-    claims().filter((key) => age(key) > CLAIM_LIFE).forEach((key) => localStorage.removeItem(key));
-    const mine = `popup-notifier ${Date.now()} ${Math.random()}`;
-    localStorage.setItem(mine, call);
-    await sleep(60);
-    return claims().find(isRival) === mine;
+    const opening = indexedDB.open('popup-notifier');
+    opening.onupgradeneeded = () => opening.result.createObjectStore('claims');
+    const database = await done(opening);
+    try {
+      const claims = database.transaction('claims', 'readwrite').objectStore('claims');
+      const [calls, times, now] = [await done(claims.getAllKeys()), await done(claims.getAll()), Date.now()];
+      calls.filter((_, index) => now - times[index] > CLAIM_LIFE).forEach((old) => claims.delete(old));
+      const isFree = !(now - times[calls.indexOf(call)] < life);
+      if (isFree) await done(claims.put(now, call));
+      return isFree;
+    } finally { database.close(); }
   }
 
   // --- 4. Toast -------------------------------------------------------------
