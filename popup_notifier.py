@@ -1231,6 +1231,11 @@ class Backlog:
             self._chunks.appendleft(data[sent:])
 
 
+# Shared by all: each empty set takes 216 bytes.
+NO_EXTENS: frozenset[str] = frozenset()
+NO_NODES: frozenset[int] = frozenset()
+
+
 class Subscriber:
     """A connected browser. All of it belongs to the I/O thread once the Hub has it."""
 
@@ -1259,7 +1264,7 @@ class Subscriber:
         self,
         sock: socket.socket,
         address: IPAddress,
-        extens: frozenset[str] = frozenset(),
+        extens: frozenset[str] = NO_EXTENS,
         since: CallID | str | None = None,
         leftover: bytes = b"",
     ) -> None:
@@ -1273,7 +1278,7 @@ class Subscriber:
         self.missed: list[Call] = []  # calls since `since`
         self.cursor: Cursor | None = None  # of a traveller, see section 7
         self.travels_until = 0.0  # monotonic seconds
-        self.unsure: set[int] = set()  # nodes whose early calls it may have heard elsewhere
+        self.unsure = NO_NODES  # those whose early calls it may have heard elsewhere
         self.max_backlog = MAX_BACKLOG
         self.protocol = WebSocketProtocol()
         self.backlog: Backlog | None = None  # None: all was sent
@@ -2691,7 +2696,7 @@ def uptime() -> float:
 def parse_subscription(query: bytes) -> tuple[frozenset[str], CallID | str | None]:
     """Return the extensions that a browser asks for, and from where it recovers."""
     if not query:
-        return frozenset(), None
+        return NO_EXTENS, None
     extens: set[str] = set()
     since: CallID | str | None = None
     for name, value in parse_form(query):
@@ -2705,7 +2710,7 @@ def parse_subscription(query: bytes) -> tuple[frozenset[str], CallID | str | Non
                 raise bad_request(f"since: {error}") from None
     if len(extens) > MAX_EXTENS or any(len(each) > MAX_NAME for each in extens):
         raise bad_request(f"more than {MAX_EXTENS} extensions, or of over {MAX_NAME} characters")
-    return frozenset(extens), since
+    return frozenset(extens) if extens else NO_EXTENS, since
 
 
 def status_page_policy(page: str) -> str:
@@ -3749,7 +3754,7 @@ class SharedHub(Hub):
             # What was sent may be among what it has heard: the stream will tell. Later calls are
             # not, and their marks must not speak for these.
             sent = [each for each in self._pending.values() if each.sent < math.inf]
-            subscriber.unsure = {pending.mark.node for pending in sent}
+            subscriber.unsure = frozenset(pending.mark.node for pending in sent)
             if self._node in subscriber.unsure:
                 self._node, self._number = new_node(), 0
         if cursor.id == cursor.position and not early:

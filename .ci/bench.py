@@ -8,7 +8,7 @@
     extens     10,000 browsers, an extension each: what a call to one of them costs (1 minute)
     tls        a delivery over TLS against one in the clear (half a minute; needs openssl)
     stalled    what browsers that never read do to the others (1 minute)
-    keepalive  what 10,000 idle browsers cost (half a minute)
+    keepalive  what 10,000 idle browsers cost (1 minute)
     redis      what the trip over Redis adds, and 1, 2, 4 daemons (1 minute; needs redis-server)
     soak       200,000 calls, 20,000 connects and disconnects: what is left (2 minutes)
 
@@ -395,8 +395,8 @@ MASKED_PONG = b"\x8a\x80mask"
 
 def keepalive(bench: Bench, options: Options) -> bool:
     """Print what idle browsers cost: a ping and its answer, every interval."""
-    intervals = 2 if options.quick else 10
-    with bench.daemon(PING_INTERVAL="2") as server, contextlib.ExitStack() as stack:
+    intervals = 1 if options.quick else 4
+    with bench.daemon(PING_INTERVAL="10") as server, contextlib.ExitStack() as stack:
         selector = stack.enter_context(selectors.DefaultSelector())
         for number in range(MOST):
             browser = stack.enter_context(subscribe(server.port, number))
