@@ -4426,6 +4426,20 @@ class BrowserTests(unittest.TestCase):
             )
             self.assertEqual(toasts(tab, 1)[0][1], "0312345678")
 
+    def test_tags_of_the_readme(self) -> None:
+        with Daemon() as daemon:
+            for number, block in enumerate(readme_blocks("html")):
+                tags = block.replace("http://192.0.2.10:8989", f"http://127.0.0.1:{daemon.port}")
+                self.site.pages["/crm"] = f"<!doctype html><meta charset=utf-8><body>{tags}"
+                page = self.browser.open(self.site.url + "/crm", NO_CHANCE)
+                with self.subTest(block), contextlib.closing(page) as tab:
+                    daemon.wait_for_log("browser connected", 1 + number)
+                    daemon.trigger("&exten=201")
+                    toasts(tab, 1)
+                    link = tab.evaluate(f"{TOASTS}[0].querySelector('a').href")
+                    self.assertEqual(link, "https://crm.example.com/search?phone=0312345678")
+            self.assertEqual(number, 1)
+
     def test_popup_in_both_languages(self) -> None:
         with Daemon() as daemon:
             for lang, ring, exten, close, link in (
@@ -5146,6 +5160,12 @@ class TestReadme(unittest.TestCase):
         attributes = set(re.findall(r"^ \* (data-\w+)", script, re.MULTILINE))
         for half in readme_halves():
             self.assertEqual(set(re.findall(r"^\| `(data-\w+)`", half, re.MULTILINE)), attributes)
+
+    def test_message(self) -> None:
+        shown, _ = map(json.loads, readme_blocks("json"))
+        with Daemon() as daemon, daemon.browser() as browser:
+            daemon.trigger("&exten=201&event=answer")
+            self.assertEqual({**browser.message(), "id": shown["id"]}, shown)
 
     def test_configuration_can_be_used(self) -> None:
         for block in readme_blocks("ini"):
