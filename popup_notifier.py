@@ -3220,11 +3220,14 @@ class Link:
         else:
             self.sock = socket.create_connection(url.address, REDIS_TIMEOUT)
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.close)
             self._set_up(url)
-        except BaseException:
-            self.sock.close()
-            raise
+            stack.pop_all()
+
+    def close(self) -> None:
+        """Hang up."""
+        self.sock.close()
 
     def _set_up(self, url: RedisURL) -> None:
         if isinstance(url.address, str):
@@ -3391,9 +3394,10 @@ class Relay:
     def _connect(self) -> None:
         """Set up both links, learn what was missed, and put into the stream what waits."""
         with contextlib.ExitStack() as stack:
-            writer, reader = Link(self._url), Link(self._url)
-            stack.callback(writer.sock.close)
-            stack.callback(reader.sock.close)
+            writer = Link(self._url)
+            stack.callback(writer.close)
+            reader = Link(self._url)
+            stack.callback(reader.close)
             self._catch_up(reader)
             for batch in iter(self._hub.next_batch, []):
                 writer.ask(*self._commands(batch))
@@ -3530,7 +3534,7 @@ class Relay:
     def _drop_links(self) -> None:
         for link in self._links or ():
             self._selector.unregister(link.sock)
-            link.sock.close()
+            link.close()
         self._links = None
 
 
