@@ -442,6 +442,15 @@ def subscribe(port: int, number: int, context: ssl.SSLContext | None = None) -> 
     return sock
 
 
+def trigger(port: int, exten: str = "100") -> None:
+    """Trigger a call, and wait until the daemon has answered."""
+    request = f"POST /api/trigger?phone=1&exten={exten}&token=bench HTTP/1.0\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", port), START_TIMEOUT) as sock:
+        sock.sendall(request)
+        while sock.recv(4096):
+            pass
+
+
 def cpu_seconds(server: Server) -> float:
     """Return the CPU time of a server so far."""
     return time.clock_gettime(~server.pid << 3 | 2)  # clock_getcpuclockid(3) of the process
@@ -449,13 +458,9 @@ def cpu_seconds(server: Server) -> float:
 
 def cpu_per_call(server: Server, exten: str, calls: int) -> float:
     """Return the CPU milliseconds that the daemon takes for a call, its answer included."""
-    request = f"POST /api/trigger?phone=1&exten={exten}&token=bench HTTP/1.0\r\n\r\n".encode()
     before = cpu_seconds(server)
     for _ in range(calls):
-        with socket.create_connection(("127.0.0.1", server.port), START_TIMEOUT) as sock:
-            sock.sendall(request)
-            while sock.recv(4096):
-                pass
+        trigger(server.port, exten)
     # What the last call costs is spent after its answer: another look tells when it is over.
     spent = cpu_seconds(server)
     while True:
@@ -534,14 +539,6 @@ def redis_burst(bench: Bench, url: str, daemons: int, calls: int) -> None:
     total = calls * len(browsers)
     cells = (f"{len(browsers):,}", f"{calls:,}", show(total / seconds, "/s"))
     print_row(str(daemons), *cells, show(cpu / total * 1e6, "µs"))
-
-
-def trigger(port: int) -> None:
-    """Trigger a call."""
-    with socket.create_connection(("127.0.0.1", port), START_TIMEOUT) as sock:
-        sock.sendall(b"POST /api/trigger?phone=1&exten=100&token=bench HTTP/1.0\r\n\r\n")
-        while sock.recv(4096):
-            pass
 
 
 def count_calls(browsers: list[socket.socket], calls: int, writer: Connection) -> None:
