@@ -28,7 +28,8 @@
   const BEATS = 2.5;             // intervals of silence that mean a dead connection
   const STILL_RINGING = 30000;   // ms: a missed call older than this is listed, never popped up
   const CLAIM_LIFE = 600000;     // ms that a tab keeps a call from the others, which may hear of it late
-  const REPEAT = 3000;           // ms: the same for a call without id, which may well come again
+  const REPEAT = 3000;           // ms: the same for a call without key, which may well come again
+  const MAX_KEYS = 20000;        // calls that are known when they come again: those of a whole outage
   const MAX_TOASTS = 5;
   const MAX_RANG = 1000;         // calls that are remembered as mine
   const WITHHELD = /^(anonymous|private|unknown|unavailable|restricted|withheld|非通知)?$/i;
@@ -62,7 +63,7 @@
   function keepConnected(address, receive, report) {
     let socket, timer, notice, heardAt, openedAt, isMixed;
     let patience;      // ms of silence that mean a dead connection
-    let position = ''; // all calls up to this id have arrived
+    let position = ''; // the last id of any message: all calls up to it have arrived
     let failures = 0;  // connections in a row that did not hold
     let cause = {};    // why there is none: reason and text, once known
 
@@ -94,10 +95,9 @@
     }
     function onmessage(event) {
       const message = JSON.parse(event.data);
-      const isHello = message.type === 'HELLO';
       heardAt = Date.now();
-      if (isHello) patience = message.interval * 1000 * BEATS;
-      if (message.id && !(isHello && position)) position = message.id; // what was missed comes behind HELLO
+      if (message.type === 'HELLO') patience = message.interval * 1000 * BEATS;
+      position = message.id || position;
       receive(message);
     }
     function onclose() {
@@ -156,21 +156,27 @@
     const options = Object.assign({ onCall() {}, onStatus() {} }, script.dataset, given);
     const mine = splitList(options.exten);
     const rang = new Set(); // uniqueid of the calls that are mine
+    const keys = new Set(); // of the messages that came
     let ahead = 0;          // ms that the server's clock is ahead of ours
 
     const report = (state, cause) => options.onStatus(Object.assign({ state, reason: '', text: say(state) }, cause));
     function receive(message) {
-      if (message.type === 'CALL_IN') callIn(readCall(message));
-      if (message.type !== 'HELLO') return;
-      ahead = (message.time || parseInt(message.id, 10)) - Date.now();
-      if (!message.complete) report('open', { reason: 'gap', text: say('gap') });
+      if (message.type !== 'CALL_IN') ahead = message.time - Date.now();
+      else if (!isRepeated(message.key)) callIn(readCall(message));
+      if (message.type === 'HELLO' && !message.complete) report('open', { reason: 'gap', text: say('gap') });
     }
-    // The Go daemon's calls have no id, and their fields in `data` alone.
-    function readCall({ id, time, replayed = false, data }) {
-      const { phone = '', exten = 'all', name = '', event = 'ring', uniqueid = id } = data;
-      const sentAt = time || parseInt(id, 10) || Date.now();
-      const missed = replayed && Date.now() + ahead - sentAt > STILL_RINGING;
-      return { id, phone: phone.trim(), exten, name, event, uniqueid, time: new Date(sentAt), replayed, missed, data };
+    // A call may come again after an outage, also from another daemon: its key is the same.
+    function isRepeated(key) {
+      if (key && keys.has(key)) return true;
+      if (key && keys.add(key).size > MAX_KEYS) keys.delete(keys.values().next().value);
+      return false;
+    }
+    // The Go daemon's calls have no key, no time, and their fields in `data` alone.
+    function readCall({ key, time, data }) {
+      const { phone = '', exten = 'all', name = '', event = 'ring', uniqueid = key } = data;
+      const triggeredAt = time || Date.now() + ahead;
+      const missed = Date.now() + ahead - triggeredAt > STILL_RINGING;
+      return { key, phone: phone.trim(), exten, name, event, uniqueid, time: new Date(triggeredAt), missed, data };
     }
     function callIn(call) {
       const { event, exten, uniqueid } = call;
@@ -196,12 +202,12 @@
 
   // Of several tabs one shows the call; the visible one waits least. Transactions of a database come one after
   // the other, whichever tab they are of; plain http pages have them too (but no Web Locks).
-  async function claim({ id, phone, exten }) {
+  async function claim({ key, phone, exten }) {
     const sleep = (ms) => new Promise((resolve) => { setTimeout(resolve, ms); });
     const done = (request) => new Promise((resolve, reject) => {
       Object.assign(request, { onsuccess: () => resolve(request.result), onerror: () => reject(request.error) });
     });
-    const [call, life] = id ? [id, CLAIM_LIFE] : [`${phone} ${exten}`, REPEAT];
+    const [call, life] = key ? [key, CLAIM_LIFE] : [`${phone} ${exten}`, REPEAT];
     await sleep((document.hidden ? 300 : 0) + (document.hasFocus() ? 0 : 100 * Math.random()));
     const opening = indexedDB.open('popup-notifier');
     opening.onupgradeneeded = () => opening.result.createObjectStore('claims');

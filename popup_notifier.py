@@ -1,35 +1,37 @@
 #!/usr/bin/env python3
 """popup-notifier: a phone rings at the PBX, and every agent's browser shows who is calling.
 
-    PBX      -- POST /api/trigger -->  Server --Call-------->  Hub --frame-->  every browser
-    browser  -- GET /crmws --------->  Server --Subscriber-->  Hub (owns the socket from here on)
+    PBX      -- POST /api/trigger -->  Server --> Stream --> Log --> Hub --frame-->  browsers
+    browser  -- GET /crmws --------->  Server --Browser-->  Hub (owns the socket from here on)
 
 Read it from top to bottom:
 
     1. Configuration   KEYS, Config, load_config
-    2. Access lists    AccessList, peer_address, client_address, Origins
+    2. Access lists    AccessList, peer_address, client_address, Origins, check_visitor
     3. WebSocket       RFC 6455 without I/O: check_handshake, serialize_frame, WebSocketProtocol
-    4. Hub             Call, Backlog, Subscriber, Hub
-    5. HTTP            RFC 9112: parse_head, check_parameters, Server, RequestHandler
-    6. TLS             make_tls_context
-    7. Redis           RESP, Cursor, SharedHub, Relay
-    8. systemd         ServiceManager
-    9. Command line    log, limits, signals, main
+    4. Calls           Call, CallTracker, Log, LocalStream
+    5. Hub             Loop, DeadlineQueue, Browser, Audience, Hub
+    6. HTTP            RFC 9112: parse_head, check_parameters, Server, RequestHandler
+    7. TLS             make_tls_context
+    8. Redis           Link, RedisStream
+    9. Supervision     Supervisor, ServiceManager
+    10. Command line   log, limits, signals, main
 
 Who may touch what:
 
     The main thread accepts connections, gathers requests without ever blocking, and answers them.
     A slow peer costs it a descriptor and a small buffer, never a wait. A second port, CLIENT_PORT,
     has a thread of its own for the same. What waits for a disk gets a request thread.
-    The Hub's I/O thread owns every browser's socket from Hub.subscribe() on: nobody else reads,
-    writes or closes it. What other threads hand to the Hub passes through its lock.
-    With REDIS_URL two more threads, the Relay's, talk to Redis, and hand calls to the Hub.
+    The Hub's thread owns every browser's socket from Hub.subscribe() on: nobody else reads, writes
+    or closes it. It takes calls from the Log, which any thread may touch.
+    With REDIS_URL two more threads talk to Redis: one reads calls into the Log, one writes them.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import calendar
 import codecs
 import collections
@@ -50,6 +52,7 @@ import os
 import random
 import re
 import resource
+import select
 import selectors
 import signal
 import socket
@@ -60,43 +63,46 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Union
+from typing import Any, BinaryIO, Callable, Generic, NamedTuple, TypeVar, Union
 from urllib.parse import parse_qsl, unquote, unquote_to_bytes, urlsplit
 
 VERSION = "1.0.0"
-STATUS_INTERVAL = 10.0  # seconds between two status lines to systemd
 DEFAULT_CONFIG = "/usr/local/etc/popup-notifier.conf"
 
 # Limits of section 3, in bytes.
-MAX_MESSAGE = 64 * 1024  # no page has to send us anything; one that does sends little
+MAX_MESSAGE = 8 * 1024  # no page has to send us anything; one that does sends little
 MAX_CONTROL = 125  # RFC 6455 section 5.5
 
-# Limits of section 4, in bytes and seconds.
-MAX_BACKLOG = 512 * 1024  # may wait for one browser: some 2,000 calls
-FLUSH_SIZE = 64 * 1024  # offered to a slow browser's socket at once
+# Limits of section 4, in counts, bytes and seconds.
+MAX_HISTORY = 20_000  # calls remembered at most, whatever HISTORY says: some 30 MB
+MAX_HISTORY_SIZE = 32 << 20  # bytes of their frames: they may be 200 KiB each
+SLICE_SIZE = 64 * 1024  # bytes sent to a browser that lags before the others have their turn
+SLICE_CALLS = 1000  # looked at for it: most may be for other extensions
+# A PBX sends each event by a process or channel of its own: an answer within the first moment, as
+# of a headset that picks up by itself, can overtake the ring, and so can the end.
+OVERTAKING = 3.0
+
+# Limits of section 5, in counts, bytes and seconds.
 # Taken from one browser before the next has its turn: a whole TLS record, so that none of it stays
 # where the selector can't see it.
 READ_SIZE = 16 * 1024
 LOGGED_EXTENS = 10  # this many are named when nobody wanted a call
 LOGGED_ARRIVALS = 4  # of browsers that come at once, this many are named in the log
+MAX_UNANSWERED = 2  # pings; then a browser is gone
 # Of the interval: pings that are due within it leave together. To wake for each of 10,000
 # browsers, and again for its answer, costs three times as much.
 PING_SLACK = 0.01
+# A browser whose socket takes nothing for so long is too slow: a radio cell changes in 3 seconds.
+STALL_TIMEOUT = 10.0
 CLOSE_TIMEOUT = 1.0  # a browser has this long to take its Close frame and hang up
-ID_RESERVE = 60_000  # milliseconds that IDs are reserved ahead: one file written a minute
-MAX_HISTORY = 20_000  # calls remembered at most, whatever HISTORY says: some 30 MB
-MAX_HISTORY_SIZE = 32 << 20  # bytes of their messages: they may be 200 KiB each
-# A PBX sends each message by a process or channel of its own: an answer within the first moment,
-# as of a headset that picks up by itself, can overtake the ring. Seconds.
-OVERTAKING = 3.0
 DELIVERY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)  # seconds
 STOP_TIMEOUT = 3.0  # all of them together have this long when the daemon ends
 
-# Limits of section 5, in bytes, counts and seconds. Other servers allow heads of 8 to 64 KiB; a
+# Limits of section 6, in bytes, counts and seconds. Other servers allow heads of 8 to 64 KiB; a
 # browser with many cookies sends 4, a dialplan 0.3.
 MAX_HEAD = 16 * 1024
 MAX_FIELDS = 64
@@ -110,29 +116,28 @@ DRAIN_TIMEOUT = 1.0  # a refused peer has this long to take our answer and hang 
 # socketserver asks for a queue of 5 connections: a restart with 10,000 browsers would lose most
 # of their handshakes. The kernel cuts this down to net.core.somaxconn.
 LISTEN_QUEUE = 4096
-HEALTH_TIMEOUT = 2.0  # the hub has this long to show that it turns
+HEALTH_TIMEOUT = 2.0  # each thread has this long to show that it turns
 MAX_THREADS = 32  # requests that are answered in threads at a time
 ACCEPT_BATCH = 64  # connections accepted before those that wait are looked at again
 ACCEPT_PAUSE = 0.1  # no accepting for this long when descriptors have run out
 MAX_FILES = 1 << 20  # open files we ask for at most: some systems have no limit but want one
-ROOM_SIZES = (512, 512, 64, 256)  # connections that wait for more bytes, see Rooms
+QUEUE_SIZES = (512, 512, 64, 256)  # connections that wait for more bytes, see Queues
 REPORT_PERIOD = 60.0  # refusals of an address with a status: the first REPORT_LINES of a period
 REPORT_LINES = 3  # are logged, the others summed up at its end, or when REPORT_KEYS are counted
 REPORT_KEYS = 1000
 
-# Limits of section 7, in seconds, counts and bytes.
+# Limits of section 8, in seconds, counts and bytes.
 REDIS_PATIENCE = 0.1  # seconds that a call may take through Redis before it is delivered here
 REDIS_TIMEOUT = 5.0  # seconds for an answer
-REDIS_BLOCK = 2.0  # seconds that a read waits for calls; then both links show a sign of life
+REDIS_BLOCK = 2.0  # seconds without a call after which both links show a sign of life
 REDIS_DELAYS = (0.1, 5.0)  # seconds between two attempts to connect: the first, the longest
 REDIS_WAITING = 256  # triggers that may wait at a time
 REDIS_BATCH = 100  # calls written or read at a time
 REDIS_START = 1.0  # seconds that the start waits for the history
 STREAM_LENGTH = 100_000  # entries kept: five times MAX_HISTORY, some 20 MB
-LATE = 1.0  # seconds after which a call is shown as one that was missed
-MAX_MARKS = 20  # of a cursor: nodes that were cut off at a time
-MAX_AGE = 10**6  # seconds that a call may have waited: HISTORY ends before
-MAX_NODES = 1000  # whose last number is remembered
+REDIS_AHEAD = 10.0  # seconds that a browser may be ahead of what its node has read
+REDIS_KEEP = 1.0  # seconds that calls are kept for other nodes, if HISTORY is less
+MAX_TIME = 10**14  # milliseconds since 1970: the year 5138
 MAX_BULK = 1 << 20  # bytes of a string that Redis sends; a call has 200 KiB at most
 MAX_ELEMENTS = 1 << 16  # of a list; a batch has hundreds
 MAX_DEPTH = 8  # of lists in lists; XREAD's reply has 5
@@ -150,7 +155,8 @@ IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 #     RequestError        this request is answered with `status`
 #       HandshakeError    so is this opening handshake
 #     ProtocolError       this WebSocket connection is failed with `close_code`
-#     RedisError          Redis refused a command, or does not speak its protocol
+#     RedisError          Redis refused a command
+#       ReplyError        or does not speak its protocol
 
 
 class ConfigError(Exception):
@@ -183,7 +189,11 @@ class ProtocolError(Exception):
 
 
 class RedisError(Exception):
-    """Redis refused a command, or does not speak its protocol."""
+    """Redis refused a command."""
+
+
+class ReplyError(RedisError):
+    """What should be Redis does not answer as Redis does."""
 
 
 def quote(text: str, limit: int = 64) -> str:
@@ -197,6 +207,11 @@ def quote(text: str, limit: int = 64) -> str:
         else:
             escaped.append(char.encode("unicode_escape").decode("ascii"))
     return '"{}"{}'.format("".join(escaped), "..." if len(text) > limit else "")
+
+
+def quote_unless_plain(text: str) -> str:
+    """Return foreign text for a list in a log line: letters and digits need no quotes."""
+    return text if re.fullmatch(r"[\w.+-]+", text) else quote(text)
 
 
 # --- 1. Configuration --------------------------------------------------------------------------
@@ -427,7 +442,9 @@ def parse_config(data: bytes, source: str) -> tuple[Config, list[str]]:
         where = f"{source}:{number}"
         key = KEY_BY_NAME.get(name)
         if raw is None:
-            errors.append(f"{where}: {quote(name)} begins a line that is not KEY=value")
+            # Only a key is shown: the rest may be a token.
+            shown = f"{quote(name)} begins a line that" if key else "the line"
+            errors.append(f"{where}: {shown} is not KEY=value")
         elif key is None:
             near = difflib.get_close_matches(name.upper(), KEY_BY_NAME, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -469,7 +486,8 @@ def check_tls_keys(config: Config) -> Iterator[str]:
 
 def describe_config(config: Config) -> Iterator[str]:
     """Yield a line for each key: what it is set to, secrets hidden."""
-    for key, value in zip(KEYS, config):
+    for key in KEYS:
+        value = getattr(config, key.name.lower())
         shown = "(hidden)" if key.is_secret and value else value
         if isinstance(value, bool):
             shown = "yes" if value else "no"
@@ -485,9 +503,10 @@ def config_lines(data: bytes) -> Iterator[tuple[int, str, bytes | None]]:
         line = line.strip()
         if line and not line.startswith(b"#"):
             name, equals, value = line.partition(b"=")
-            # Without '=' only the first word is shown: the rest may be a token.
-            word = name.strip() if equals else name.split()[0]
-            yield number, word.decode("utf-8", "replace"), value.strip() if equals else None
+            # What follows a name by another sign than "=" may be a token, which may hold one.
+            word = re.split(rb"[\s:]", name)[0]
+            is_pair = equals and word == name.strip()
+            yield number, word.decode("utf-8", "replace"), value.strip() if is_pair else None
 
 
 def parse_value(key: Key, raw: bytes) -> Any:
@@ -581,6 +600,37 @@ class Origins:
         scheme, _, host = plain_origin(origin).partition("://")
         parent = host.partition(".")[2]
         return plain_origin(origin) in self.patterns or f"{scheme}://*.{parent}" in self.patterns
+
+
+class Visitor(NamedTuple):
+    """Who a browser is, as far as it is asked."""
+
+    address: IPAddress
+    origin: str | None  # of its page
+    tokens: tuple[str, ...]  # those that it gave
+
+
+def check_address(config: Config, access_list: str, address: IPAddress) -> None:
+    """Raise RequestError for an address that is not in an access list, a field of Config."""
+    if not getattr(config, access_list).allows(address):
+        reason = f"{address} is not in {access_list.upper()}"
+        raise RequestError(HTTPStatus.FORBIDDEN, reason)
+
+
+def check_visitor(config: Config, visitor: Visitor) -> None:
+    """Raise RequestError for a browser that may not connect, by its address, origin or token."""
+    check_address(config, "crmws_allow", visitor.address)
+    if not config.crmws_origins.allow(visitor.origin):
+        origin = quote(plain_origin(visitor.origin or ""))
+        raise RequestError(HTTPStatus.FORBIDDEN, f"origin {origin} is not in CRMWS_ORIGINS")
+    if config.crmws_token is not None and not is_given(config.crmws_token, visitor.tokens):
+        raise RequestError(HTTPStatus.UNAUTHORIZED, "token is not CRMWS_TOKEN")
+
+
+def is_given(token: str, given: Iterable[str]) -> bool:
+    """Tell whether a secret is among what was given, in constant time each."""
+    secret = token.encode()
+    return any(hmac.compare_digest(each.encode("utf-8", "replace"), secret) for each in given)
 
 
 # --- 3. WebSocket ------------------------------------------------------------------------------
@@ -956,19 +1006,26 @@ def parse_frame_head(data: bytes, start: int) -> tuple[FrameHead, int] | None:
     return FrameHead(fin, opcode, length, data[end - 4 : end]), end
 
 
-# --- 4. Hub ------------------------------------------------------------------------------------
-
-# What a non-blocking socket raises when it has nothing to read or no room to write.
-WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-PING = serialize_frame(Opcode.PING, b"")
-
+# --- 4. Calls ----------------------------------------------------------------------------------
+#
+# The log is the only copy of a call and of its frame. All who send or hear calls have a place in
+# it: the Hub has sent everything before its own place to the browsers that keep up; a browser that
+# does not, because its socket is full or because it has just come back, has a place of its own.
+#
+# Calls get into the log by a stream: LocalStream for a daemon on its own, RedisStream (section 8)
+# for several that share their calls. Nobody else knows where calls come from.
 
 ALL = "all"
+NO_EXTENS: frozenset[str] = frozenset()  # shared by all: each empty set takes 216 bytes
+EVENTS = ("ring", "answer", "end")
 ID_PATTERN = re.compile(r"([0-9]{1,15})-([0-9]{1,400})")
 
 
 class CallID(NamedTuple):
-    """Names a call, and a position in the stream of calls: it is written milliseconds-sequence."""
+    """Names a call, and the position of a browser that has heard all calls up to it.
+
+    A daemon on its own counts the calls of its run: START-COUNT. With Redis it is the stream's.
+    """
 
     milliseconds: int
     sequence: int
@@ -977,75 +1034,58 @@ class CallID(NamedTuple):
         return f"{self.milliseconds}-{self.sequence}"
 
 
+NOWHERE = CallID(0, 0)  # before every call
+
+
 def parse_id(text: str) -> CallID:
     """Return the ID that a text is; raises ValueError."""
     matched = ID_PATTERN.fullmatch(text)
     if matched is None:
-        raise ValueError(f"{quote(text)} is not MILLISECONDS-SEQUENCE")
+        raise ValueError(f"{quote(text)} is no id that a message had")
     return CallID(int(matched[1]), int(matched[2]))
 
 
-class IDSource:
-    """Gives IDs that strictly increase, over restarts and a clock that is set back too.
+class Trigger(NamedTuple):
+    """What the PBX told of a call: one of its events."""
 
-    A file keeps a time that no ID has reached yet, a minute ahead; a daemon that is started while
-    the clock says less goes on from there. Without a file only this process is kept in order.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._reserved = 0
-        if path is not None:
-            with contextlib.suppress(OSError, ValueError):
-                self._reserved = int(path.read_text()[:20])
-        self.last = CallID(max(int(time.time() * 1000), self._reserved), 0)
-        self._reserve(self.last.milliseconds + ID_RESERVE)
-
-    def next(self) -> CallID:
-        """Return a new ID."""
-        now = int(time.time() * 1000)
-        milliseconds, sequence = self.last
-        self.last = CallID(now, 0) if now > milliseconds else CallID(milliseconds, sequence + 1)
-        if self.last.milliseconds >= self._reserved:
-            self._reserve(self.last.milliseconds + ID_RESERVE)
-        return self.last
-
-    def close(self) -> None:
-        """Give back what was reserved."""
-        self._reserve(self.last.milliseconds + 1)
-
-    def _reserve(self, milliseconds: int) -> None:
-        self._reserved = milliseconds
-        if self._path is None:
-            return
-        try:
-            draft = self._path.with_suffix(".new")
-            draft.write_text(f"{milliseconds}\n")
-            draft.replace(self._path)
-        except OSError as error:
-            log.warning("cannot write %s: %s", self._path, error.strerror)
-            self._path = None
+    key: str  # names this message, however often it is sent
+    time: int  # milliseconds since 1970, by the stream's clock
+    parameters: Mapping[str, str]  # phone, exten and what else was sent, but for the token
+    source: str  # the address that triggered it
+    began: float  # the same time in monotonic seconds
 
 
 class Call(NamedTuple):
-    """A call on its way to the browsers."""
+    """A trigger in the log."""
 
     id: CallID
-    parameters: Mapping[str, str]  # phone, exten and what else was sent, but for the token
-    source: str  # the address that triggered it
-    time: float  # when, monotonic seconds
+    trigger: Trigger
     extens: frozenset[str]  # who is told: in lower case; "all" is everybody
-    payload: bytes  # the message
-    frame: bytes  # the same as it is sent
-    # Of calls that several daemons share, see section 7.
-    mark: Mark | None = None
-    position: CallID | None = None
-    is_late: bool = False
-    is_news: bool = True  # to all but travellers
+    frame: bytes  # the message as it is sent to everybody
+    place: int  # in the log
+    logged: float  # when it came there, monotonic seconds
+    is_early: bool = False  # sent before it has a place in the stream: its ID moves nobody
+    is_again: bool = False  # sent before: for those who come back alone
 
-    def replay_frame(self) -> bytes:
-        """Return the frame for a browser that missed the call."""
-        return serialize_frame(Opcode.TEXT, self.payload[:-1] + b', "replayed": true}')
+
+def serialize_call(call_id: CallID, trigger: Trigger) -> bytes:
+    """Return the frame of a call. It is ASCII, so that no caller ID can break it on its way."""
+    message = {
+        "type": "CALL_IN",
+        "id": str(call_id),
+        "key": trigger.key,
+        "time": trigger.time,
+        "phone": trigger.parameters["phone"],
+        "exten": trigger.parameters["exten"],
+        "data": trigger.parameters,
+    }
+    return serialize_frame(Opcode.TEXT, json.dumps(message).encode("ascii"))
+
+
+def serialize_alive(position: CallID, now: int) -> bytes:
+    """Return the frame that says: all calls up to there have been sent."""
+    text = f'{{"type": "ALIVE", "id": "{position}", "time": {now}}}'
+    return serialize_frame(Opcode.TEXT, text.encode("ascii"))
 
 
 def split_extens(text: str) -> frozenset[str]:
@@ -1053,124 +1093,311 @@ def split_extens(text: str) -> frozenset[str]:
     return frozenset(each.strip().lower() for each in text.split(",") if each.strip())
 
 
-def make_call(
-    call_id: CallID, parameters: Mapping[str, str], source: str, extens: frozenset[str]
-) -> Call:
-    """Return a call; its message is ASCII, so that no caller ID can break it on its way."""
-    message = {
-        "type": "CALL_IN",
-        "id": str(call_id),
-        "phone": parameters["phone"],
-        "exten": parameters["exten"],
-        "data": parameters,
-    }
-    payload = json.dumps(message).encode("ascii")
-    frame = serialize_frame(Opcode.TEXT, payload)
-    return Call(call_id, parameters, source, time.monotonic(), extens, payload, frame)
+class TrackedCall:
+    """What was told of one phone call, known by its uniqueid."""
 
-
-class Told(NamedTuple):
-    """Who was told of what goes by one uniqueid."""
-
-    extens: frozenset[str]
-    answered: float  # when, if that was the first we heard of it: monotonic seconds
-
-
-NOBODY = Told(frozenset(), -math.inf)
-
-
-def serialize_alive(position: CallID) -> bytes:
-    """Return the frame that says: all calls up to there have been sent."""
-    return serialize_frame(Opcode.TEXT, f'{{"type": "ALIVE", "id": "{position}"}}'.encode())
-
-
-class History:
-    """The calls of the last seconds, for browsers that lost their connection meanwhile."""
-
-    def __init__(self, seconds: float, begin: CallID) -> None:
-        self.seconds = seconds
-        self._calls: collections.deque[Call] = collections.deque()
-        self._size = 0  # bytes of their messages
-        self._forgotten = begin  # every call after it is remembered
-        # By uniqueid, the latest last: who saw a call ring must hear that it was answered, even by
-        # another extension.
-        self._told: collections.OrderedDict[str, Told] = collections.OrderedDict()
-
-    def add(self, call: Call) -> None:
-        """Remember a call, and forget the old ones."""
-        self._calls.append(call)
-        self._size += len(call.payload)
-        self._forget()
-        self.note(call)
-
-    def begin_at(self, position: CallID) -> None:
-        """Take note that nothing is known of what came up to there."""
-        self._forgotten = position
-
-    def note(self, call: Call) -> None:
-        """Remember who was told of a call."""
-        unique = call.parameters.get("uniqueid")
-        if unique:
-            is_answer = call.parameters.get("event") == "answer"
-            first = NOBODY._replace(answered=call.time) if is_answer else NOBODY
-            told = self._told.pop(unique, first)
-            self._told[unique] = told._replace(extens=told.extens | call.extens)
-            if len(self._told) > MAX_HISTORY:
-                self._told.popitem(last=False)
-
-    def audience_of(self, parameters: Mapping[str, str]) -> frozenset[str]:
-        """Return the extensions to be told.
-
-        Of an answer or end, also who saw the call ring; of a ring that its answer has overtaken,
-        only who answered.
-        """
-        extens = split_extens(parameters["exten"]) or frozenset([ALL])
-        told = self._told.get(parameters.get("uniqueid", ""), NOBODY)
-        if parameters.get("event") in ("answer", "end"):
-            return extens | told.extens
-        is_overtaken = time.monotonic() - told.answered < OVERTAKING
-        return told.extens if is_overtaken else extens
-
-    def since(self, position: CallID) -> tuple[list[Call], bool]:
-        """Return the calls after a position, and whether these are all that there were."""
-        self._forget()
-        missed: list[Call] = []
-        for call in reversed(self._calls):
-            if call.id <= position:
-                break
-            missed.append(call)
-        return missed[::-1], position >= self._forgotten
-
-    def _forget(self) -> None:
-        oldest = time.monotonic() - self.seconds
-        while self._calls and (self._calls[0].time < oldest or self._is_too_long()):
-            call = self._calls.popleft()
-            self._size -= len(call.payload)
-            self._forgotten = call.id
-
-    def _is_too_long(self) -> bool:
-        return len(self._calls) > MAX_HISTORY or self._size > MAX_HISTORY_SIZE
-
-
-class Waker:
-    """Lets other threads, and signal handlers, end a selector's wait."""
+    __slots__ = ("extens", "is_over", "settled", "time")
 
     def __init__(self) -> None:
+        self.extens: frozenset[str] = NO_EXTENS  # who was told
+        self.time = -math.inf  # of the last event, monotonic seconds
+        self.settled = -math.inf  # when it was last answered, or ended
+        self.is_over = False
+
+    def audience(self, event: str, extens: frozenset[str], now: float) -> frozenset[str]:
+        """Return who is to be told of an event that is addressed to `extens`.
+
+        Whoever was told that a call rings is told of its answer and its end. A ring that one of
+        these has overtaken is for those alone who were told of that: others would see it ring on.
+        """
+        if event == "ring" and now - self.settled >= OVERTAKING:
+            return extens
+        if ALL in extens:
+            return self.extens if self.extens and event != "answer" else extens
+        if event != "ring":
+            return extens | self.extens
+        return extens if ALL in self.extens else extens & self.extens
+
+
+class CallTracker:
+    """Knows who was told of which call, until the call is over or there is no more news of it."""
+
+    def __init__(self) -> None:
+        self._calls: collections.OrderedDict[str, TrackedCall] = collections.OrderedDict()
+
+    def track(self, parameters: Mapping[str, str], now: float, seconds: float) -> frozenset[str]:
+        """Return the extensions to be told of an event; calls are known for `seconds`."""
+        extens = split_extens(parameters["exten"]) or frozenset([ALL])
+        unique, event = parameters.get("uniqueid"), parameters.get("event", "ring")
+        if not unique:
+            return extens
+        seconds = max(seconds, OVERTAKING)
+        while self._calls and next(iter(self._calls.values())).time < now - seconds:
+            self._calls.popitem(last=False)
+        call = self._calls.pop(unique, None)
+        # One that is over is known for as long as its events may overtake each other.
+        if call is None or (call.is_over and now - call.time > OVERTAKING):
+            call = TrackedCall()
+        audience = call.audience(event, extens, now)
+        call.extens |= audience
+        call.time = now
+        if event != "ring":
+            call.settled = now
+            call.is_over |= event == "end"
+        self._calls[unique] = call
+        if len(self._calls) > MAX_HISTORY:
+            self._calls.popitem(last=False)
+        return audience
+
+
+class Slice(NamedTuple):
+    """Some calls that stand in the log one after another."""
+
+    calls: list[Call]
+    end: int  # the place behind them
+    position: CallID  # of who has heard all up to there
+
+
+class Resumption(NamedTuple):
+    """Where a browser goes on that comes back."""
+
+    place: int
+    since: CallID  # calls up to it were heard
+    is_complete: bool  # all calls since then are in the log
+
+
+class Log:
+    """The calls of the last seconds, in the order in which everybody hears them. Any thread.
+
+    A place in it is a number: so many calls came before. It keeps MAX_HISTORY calls and
+    MAX_HISTORY_SIZE bytes at most.
+    """
+
+    def __init__(self, seconds: float, position: CallID) -> None:
+        self.seconds = seconds  # that calls are kept for those who come back
+        self._lock = threading.Lock()
+        # Guarded by the lock. Three lists alike: calls, their IDs, and where their frames would
+        # end if all that ever came stood one after another.
+        self._calls: list[Call] = []
+        self._ids: list[CallID] = []
+        self._ends: list[int] = []
+        self._start = 0  # the place of the first call
+        self._end = 0  # the place behind the last one
+        self._offset = 0  # where its frame begins
+        self._remembered = 0  # the place of the first call that is still for those who come back
+        self._position = position
+        self._begin = position  # all calls after it are remembered
+        self._tracker = CallTracker()
+
+    @property
+    def end(self) -> int:
+        """The place behind the last call."""
+        return self._end
+
+    @property
+    def position(self) -> CallID:
+        """The position of who has heard all calls."""
+        return self._position
+
+    def append(
+        self, call_id: CallID, trigger: Trigger, is_early: bool = False, is_again: bool = False
+    ) -> Call:
+        """Add a call that is told to whom it concerns, as far as we know of it."""
+        with self._lock:
+            extens = self._tracker.track(trigger.parameters, time.monotonic(), self.seconds)
+            return self._add(call_id, trigger, extens, is_early, is_again)
+
+    def append_again(self, call_id: CallID, trigger: Trigger, extens: frozenset[str]) -> None:
+        """Add a call that was told before, for those who come back."""
+        with self._lock:
+            self._add(call_id, trigger, extens, False, True)
+
+    def _add(
+        self,
+        call_id: CallID,
+        trigger: Trigger,
+        extens: frozenset[str],
+        is_early: bool,
+        is_again: bool,
+    ) -> Call:
+        frame = serialize_call(call_id, trigger)
+        call = Call(
+            call_id, trigger, extens, frame, self._end, time.monotonic(), is_early, is_again
+        )
+        self._ids.append(call_id)
+        self._ends.append((self._ends[-1] if self._ends else self._offset) + len(frame))
+        self._position = max(self._position, call_id)
+        self._calls.append(call)
+        self._end += 1
+        return call
+
+    def advance(self, position: CallID) -> None:
+        """Take note that there is no further call up to a position."""
+        with self._lock:
+            self._position = max(self._position, position)
+
+    def begin_at(self, position: CallID) -> None:
+        """Take note that nothing is known of what came up to a position."""
+        with self._lock:
+            self._begin = max(self._begin, position)
+
+    def resume(self, since: CallID) -> Resumption:
+        """Return where a browser goes on that has heard all calls up to a position."""
+        with self._lock:
+            oldest = time.monotonic() - self.seconds
+            while self._remembered < self._end:
+                call = self._calls[self._remembered - self._start]
+                if call.trigger.began >= oldest:
+                    break
+                self._forget_up_to(call)
+            place = self._start + bisect.bisect_right(self._ids, since)
+            return Resumption(max(place, self._remembered), since, since >= self._begin)
+
+    def read(self, place: int, stop: int | None = None) -> Slice | None:
+        """Return the next calls, a slice that is sent at once; None when they are forgotten."""
+        with self._lock:
+            first = place - self._start
+            if first < 0:
+                return None
+            last = len(self._calls) if stop is None else stop - self._start
+            limit = (self._ends[first - 1] if first else self._offset) + SLICE_SIZE
+            last = min(bisect.bisect_left(self._ends, limit, first, last) + 1, last)
+            last = min(last, first + SLICE_CALLS)
+            is_all = last == len(self._calls)
+            position = self._position if is_all else self._ids[last - 1]
+            return Slice(self._calls[first:last], self._start + last, position)
+
+    def forget(self, place: int, seconds: float) -> None:
+        """Forget what is too much, or older than `seconds` and the history; up to a place."""
+        with self._lock:
+            oldest = time.monotonic() - max(self.seconds, seconds)
+            count = 0
+            while count < place - self._start and (
+                self._calls[count].logged < oldest or self._is_too_much(count)
+            ):
+                self._forget_up_to(self._calls[count])
+                count += 1
+            if count:
+                self._offset = self._ends[count - 1]
+                self._start += count
+                del self._calls[:count], self._ids[:count], self._ends[:count]
+
+    def _forget_up_to(self, call: Call) -> None:
+        if call.place >= self._remembered:
+            self._remembered = call.place + 1
+            self._begin = max(self._begin, call.id)
+
+    def _is_too_much(self, count: int) -> bool:
+        """Tell whether more is kept than may be, without the first `count` calls."""
+        size = self._ends[-1] - (self._ends[count - 1] if count else self._offset)
+        return len(self._calls) - count > MAX_HISTORY or size > MAX_HISTORY_SIZE
+
+
+class LocalStream:
+    """The calls of a daemon on its own. Any thread."""
+
+    def __init__(self, seconds: float) -> None:
+        self._run = self.clock()
+        self._count = 0  # of the last call; guarded by the lock
+        self._lock = threading.Lock()
+        self.log = Log(seconds, CallID(self._run, 0))
+
+    def start(self, supervisor: Supervisor, deliver: Callable[[], None]) -> None:
+        """Begin; `deliver` is called when there are new calls in the log."""
+        self._deliver = deliver
+
+    def clock(self) -> int:
+        """Return the time that calls are triggered by, in milliseconds since 1970."""
+        return int(time.time() * 1000)
+
+    def publish(
+        self, parameters: Mapping[str, str], source: str, answer: Callable[[], None]
+    ) -> None:
+        """Put a call into the log; `answer` is called when it is there."""
+        with self._lock:
+            self._count += 1
+            call_id = CallID(self._run, self._count)
+            began = time.monotonic()
+            self.log.append(
+                call_id, Trigger(str(call_id), self.clock(), parameters, source, began)
+            )
+        self._deliver()
+        answer()
+
+    def resume(self, since: CallID) -> Resumption:
+        """Return where a browser goes on: of another run's position nothing is known."""
+        is_ours = since.milliseconds == self._run and since <= self.log.position
+        return self.log.resume(since if is_ours else NOWHERE)
+
+    def status(self) -> None:
+        """Return how Redis is: there is none."""
+
+    def close(self) -> None:
+        """End."""
+
+
+# --- 5. Hub ------------------------------------------------------------------------------------
+
+# What a non-blocking socket raises when it has nothing to read or no room to write.
+WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+PING = serialize_frame(Opcode.PING, b"")
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+Item = TypeVar("Item", bound=Hashable)
+
+
+class Loop:
+    """One thread's wait for its sockets, and for the tasks that other threads hand to it."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._tasks: collections.deque[Callable[[], None]] = collections.deque()
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
+        self._selector.register(self._reader, READ)
 
-    def fileno(self) -> int:
-        """Return what to watch for reading."""
-        return self._reader.fileno()
+    def watch(self, sock: socket.socket, events: int, owner: object) -> None:
+        """Let wait() return a socket's owner when it is ready for READ or WRITE. Any thread."""
+        try:
+            self._selector.modify(sock, events, owner)
+        except KeyError:
+            self._selector.register(sock, events, owner)
+
+    def forget(self, sock: socket.socket) -> None:
+        """Stop watching a socket, before it is closed."""
+        self._selector.unregister(sock)
+
+    def wait(self, timeout: float | None) -> list[tuple[Any, int]]:
+        """Do the tasks, and return (owner, events) of the sockets that are ready by then."""
+        ready = []
+        for key, events in self._selector.select(timeout):
+            if key.data is not None:
+                ready.append((key.data, events))
+            else:
+                with contextlib.suppress(BlockingIOError):
+                    self._reader.recv(4096)
+        while self._tasks:
+            self._tasks.popleft()()
+        return ready
 
     def wake(self) -> None:
-        """End the wait, or the next one. Any thread."""
+        """End the wait, or the next one. Any thread, and signal handlers."""
         # A full pipe has wakings enough.
         with contextlib.suppress(BlockingIOError):
             self._writer.send(b"\0")
 
-    def heed_signals(self) -> None:
+    def call_soon(self, task: Callable[[], None]) -> None:
+        """Have something done by the loop's thread. Any thread, and signal handlers."""
+        self._tasks.append(task)
+        self.wake()
+
+    def probe(self) -> threading.Event:
+        """Return an event that is set by the loop's next turn. Any thread."""
+        turned = threading.Event()
+        self.call_soon(turned.set)
+        return turned
+
+    def wake_on_signals(self) -> None:
         """Let every signal wake, too. Main thread.
 
         A handler runs between two steps of the main thread: a signal that comes as its wait
@@ -1178,120 +1405,113 @@ class Waker:
         """
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
 
-    def drain(self) -> None:
-        """Forget the wakings so far."""
-        with contextlib.suppress(BlockingIOError):
-            self._reader.recv(4096)
+
+class DeadlineQueue(Generic[Item]):
+    """Items that have `timeout` seconds each, the first due first; `size` is for its user."""
+
+    def __init__(self, timeout: float, size: int = sys.maxsize) -> None:
+        self.timeout = timeout
+        self.size = size
+        self._deadlines: collections.OrderedDict[Item, float] = collections.OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._deadlines)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._deadlines
+
+    def add(self, item: Item, now: float) -> None:
+        """Give an item its time, anew if it is here."""
+        self._deadlines[item] = now + self.timeout
+        self._deadlines.move_to_end(item)
+
+    def discard(self, item: Item) -> None:
+        """Take an item out, if it is here."""
+        self._deadlines.pop(item, None)
+
+    def first(self) -> Item:
+        """Return the item that is due first."""
+        return next(iter(self._deadlines))
+
+    def next_deadline(self) -> float:
+        """Return when that is, math.inf when there is none."""
+        return next(iter(self._deadlines.values()), math.inf)
+
+    def expired(self, now: float) -> Iterator[Item]:
+        """Take out the items whose time is over, one by one."""
+        while self.next_deadline() <= now:
+            yield self._deadlines.popitem(last=False)[0]
+
+    def change_timeout(self, timeout: float, now: float) -> None:
+        """Give those who are here no more than the new time."""
+        self.timeout = timeout
+        for item, deadline in self._deadlines.items():
+            self._deadlines[item] = min(deadline, now + timeout)
 
 
-class Backlog:
-    """Frames that wait for one slow browser. The bytes are shared with all who wait for them."""
-
-    __slots__ = ("_begun", "_chunks", "size")
-
-    def __init__(self, frames: bytes, sent: int, pledged: int = 0) -> None:
-        self._chunks: collections.deque[bytes] = collections.deque()
-        # Bytes in front that must go out: they end a frame of which some did, or TLS has them
-        # already, encrypted, and must be offered the same again (SSL_write(3)).
-        self._begun = pledged
-        self.size = len(frames)
-        self._put_back(frames, sent)
-
-    def append(self, frames: bytes) -> None:
-        """Let whole frames wait."""
-        self._chunks.append(frames)
-        self.size += len(frames)
-
-    def flush(self, send: Callable[[bytes], int]) -> None:
-        """Send what the socket takes, many frames at once; `size` is 0 when all went."""
-        while self._chunks:
-            data = self._chunks.popleft()
-            while self._chunks and len(data) < FLUSH_SIZE:
-                data += self._chunks.popleft()
-            try:
-                sent = send(data)
-            except ssl.SSLWantWriteError:
-                sent, self._begun = 0, len(data)
-            except WOULD_BLOCK:
-                sent = 0
-            self._put_back(data, sent)
-            if sent < len(data):
-                break
-
-    def discard(self) -> None:
-        """Drop every frame of which nothing went out."""
-        begun = b"".join(self._chunks)[: self._begun]
-        self._chunks = collections.deque([begun] if begun else [])
-        self.size = len(begun)
-
-    def _put_back(self, data: bytes, sent: int) -> None:
-        end = self._begun
-        while end < sent:
-            end += frame_size(data, end)
-        self._begun = end - sent
-        self.size -= sent
-        if sent < len(data):
-            self._chunks.appendleft(data[sent:])
+def seconds_until(deadline: float) -> float | None:
+    """Return how long a Loop may wait: None when nothing is due."""
+    return None if deadline == math.inf else max(deadline - time.monotonic(), 0)
 
 
-# Shared by all: each empty set takes 216 bytes.
-NO_EXTENS: frozenset[str] = frozenset()
-NO_NODES: frozenset[int] = frozenset()
-
-
-class Subscriber:
-    """A connected browser. All of it belongs to the I/O thread once the Hub has it."""
+class Browser:
+    """A connected browser. All of it belongs to the Hub's thread once the Hub has it."""
 
     __slots__ = (
-        "address",
-        "backlog",
-        "calls_before",
-        "cursor",
-        "deadline",
         "extens",
-        "is_gone",
-        "last_heard",
         "leftover",
-        "max_backlog",
-        "missed",
-        "next_ping",
+        "place",
         "protocol",
+        "recovers",
+        "rest",
         "send",
         "since",
         "sock",
-        "travels_until",
-        "unsure",
+        "unanswered",
+        "visitor",
     )
 
     def __init__(
         self,
         sock: socket.socket,
-        address: IPAddress,
+        visitor: Visitor,
         extens: frozenset[str] = NO_EXTENS,
-        since: CallID | str | None = None,
+        since: CallID | None = None,
+        recovers: bool = False,
         leftover: bytes = b"",
     ) -> None:
         self.sock = sock  # non-blocking
         self.send = sock.send
-        self.address = address
+        self.visitor = visitor
         self.extens = extens  # whose calls it wants; none: every call
-        self.since = since  # recovers from there; "": from now on; None: it does not
+        self.since = since  # what it had heard when it came, until it is up to date
+        self.recovers = recovers  # is told where it stands: HELLO, ALIVE
         self.leftover = leftover  # what came behind the handshake
-        self.calls_before = 0  # waiting calls that came before this browser
-        self.missed: list[Call] = []  # calls since `since`
-        self.cursor: Cursor | None = None  # of a traveller, see section 7
-        self.travels_until = 0.0  # monotonic seconds
-        self.unsure = NO_NODES  # those whose early calls it may have heard elsewhere
-        self.max_backlog = MAX_BACKLOG
+        self.place = 0  # in the log, while it does not keep up
+        self.rest: bytes | memoryview = b""  # of the last send; it ends with a whole frame
+        self.unanswered = 0  # pings
         self.protocol = WebSocketProtocol()
-        self.backlog: Backlog | None = None  # None: all was sent
-        self.last_heard = 0.0  # monotonic seconds
-        self.next_ping = 0.0
-        self.deadline: float | None = None  # set when it leaves: gone by then
-        self.is_gone = False
+
+    def __str__(self) -> str:
+        text = str(self.visitor.address)
+        if self.visitor.origin is not None:
+            text += f" origin={quote(self.visitor.origin)}"
+        if self.extens:
+            text += f" exten={quote(','.join(sorted(self.extens)))}"
+        return text
+
+    @property
+    def is_gone(self) -> bool:
+        """Tell whether its socket is closed."""
+        return self.sock.fileno() < 0
 
     def wants(self, call: Call) -> bool:
-        """Tell whether a call is for this browser."""
+        """Tell whether a call is to be sent to this browser when its place has come there."""
+        if self.since is None:
+            if call.is_again:
+                return False
+        elif call.id <= self.since and not call.is_early:
+            return False
         return not self.extens or ALL in call.extens or not self.extens.isdisjoint(call.extens)
 
 
@@ -1299,51 +1519,49 @@ class Audience:
     """Browsers by what they want to hear: a call costs by who hears it, not by who is here."""
 
     def __init__(self) -> None:
-        self.unfiltered: dict[Subscriber, None] = {}  # want every call
-        self.travellers: dict[Subscriber, None] = {}  # heard other calls than the rest did
-        self._filtered: dict[Subscriber, None] = {}
-        self._by_exten: dict[str, dict[Subscriber, None]] = {}
+        self.unfiltered: dict[Browser, None] = {}  # want every call
+        self._filtered: dict[Browser, None] = {}
+        self._by_exten: dict[str, dict[Browser, None]] = {}
 
     def __len__(self) -> int:
-        return len(self.unfiltered) + len(self._filtered) + len(self.travellers)
+        return len(self.unfiltered) + len(self._filtered)
 
-    def __iter__(self) -> Iterator[Subscriber]:
-        return itertools.chain(self.unfiltered, self._filtered, self.travellers)
+    def __iter__(self) -> Iterator[Browser]:
+        return itertools.chain(self.unfiltered, self._filtered)
 
-    def add(self, subscriber: Subscriber) -> None:
+    def __contains__(self, browser: object) -> bool:
+        return browser in self.unfiltered or browser in self._filtered
+
+    def add(self, browser: Browser) -> None:
         """Take a browser in."""
-        if subscriber.cursor is not None:
-            self.travellers[subscriber] = None
-            return
-        (self._filtered if subscriber.extens else self.unfiltered)[subscriber] = None
-        for exten in subscriber.extens:
-            self._by_exten.setdefault(exten, {})[subscriber] = None
+        (self._filtered if browser.extens else self.unfiltered)[browser] = None
+        for exten in browser.extens:
+            self._by_exten.setdefault(exten, {})[browser] = None
 
-    def discard(self, subscriber: Subscriber) -> None:
+    def discard(self, browser: Browser) -> None:
         """Let a browser go, if it is here."""
-        self.unfiltered.pop(subscriber, None)
-        self.travellers.pop(subscriber, None)
-        if self._filtered.pop(subscriber, self) is self:
+        self.unfiltered.pop(browser, None)
+        if self._filtered.pop(browser, self) is self:
             return
-        for exten in subscriber.extens:
-            del self._by_exten[exten][subscriber]
+        for exten in browser.extens:
+            del self._by_exten[exten][browser]
             if not self._by_exten[exten]:
                 del self._by_exten[exten]
 
-    def filtered(self, extens: frozenset[str]) -> dict[Subscriber, None]:
+    def filtered(self, extens: frozenset[str]) -> dict[Browser, None]:
         """Return those who asked for one of these extensions; do not change it."""
         if ALL in extens:
             return self._filtered
         found = [self._by_exten[exten] for exten in extens if exten in self._by_exten]
         return found[0] if len(found) == 1 else dict.fromkeys(itertools.chain(*found))
 
-    def describe(self) -> str:
-        """Return who is here, for the log."""
-        if not len(self):
-            return "none is connected"
-        names = ", ".join(itertools.islice(self._by_exten, LOGGED_EXTENS))
-        more = len(self._by_exten) - LOGGED_EXTENS
-        return f"{len(self)} connected, for {names}" + (f" and {more} more" if more > 0 else "")
+    def count(self, extens: frozenset[str]) -> int:
+        """Return how many want a call to these extensions."""
+        return len(self.unfiltered) + len(self.filtered(extens))
+
+    def extens(self) -> Iterable[str]:
+        """Return the extensions that somebody asked for."""
+        return self._by_exten
 
 
 class DropReason(enum.Enum):
@@ -1357,7 +1575,7 @@ class DropReason(enum.Enum):
 
 
 class HubMetrics:
-    """What the I/O thread counts. Others only read it."""
+    """What the Hub's thread counts. Others only read it."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -1378,49 +1596,53 @@ class HubMetrics:
 class Hub:
     """The browsers, and the one thread that talks to them.
 
-    Other threads call start, subscribe, broadcast and close, which never wait for a browser.
+    A browser is in one of three groups. Those that keep up get each call as it comes. Those that
+    lag have a place in the log; when their socket has room they are sent the next slice from
+    there, between new calls, and are not listened to meanwhile: what they say can't add to what
+    they are owed. Those that leave have their Close frame and a moment to hang up.
+
+    Other threads call start, subscribe, welcome, reconfigure and close, which never wait for a
+    browser.
     """
 
-    def __init__(
-        self, config: Config, max_browsers: int, ids: IDSource, manager: ServiceManager
-    ) -> None:
+    def __init__(self, config: Config, max_browsers: int, stream: Stream) -> None:
         self.max_browsers = max_browsers
-        self.has_failed = False
         self.metrics = HubMetrics()
-        self._waker = Waker()
+        self.stream = stream
+        self.loop = Loop()
         self._thread: threading.Thread | None = None
+        self._log = stream.log
         self._lock = threading.Lock()
-        # Guarded by the lock: who is here, and what waits for the I/O thread.
-        self._registry: set[Subscriber] = set()
-        self._arrivals: list[Subscriber] = []
-        self._calls: list[Call] = []
-        self._ids = ids
-        self._history = History(config.history, ids.last)
+        # Guarded by the lock.
+        self._registry: set[Browser] = set()  # who is here
+        self._arrivals: list[Browser] = []  # those whom the Hub's thread does not know yet
         self._is_closing = False
-        self._probes: list[threading.Event] = []
-        self._new_config: Config | None = None
-        # The I/O thread's own.
+        self._is_called = False  # to the log; cleared before it is looked at
+        # The Hub's thread's own.
         self._now = time.monotonic()
-        self._ping_interval = config.ping_interval
-        self._manager = manager
-        self._next_report = self._now if manager.interval < math.inf else math.inf
-        self._selector = selectors.DefaultSelector()
-        self._audience = Audience()  # the registry without the arrivals
-        self._pings: collections.OrderedDict[Subscriber, None] = collections.OrderedDict()
-        self._leaving: collections.deque[Subscriber] = collections.deque()  # by deadline
+        self._place = self._log.end  # in the log: all before it was sent to those who keep up
+        self._position = self._log.position  # theirs
+        self._keeping_up = Audience()
+        self._lagging = Audience()
+        self._ahead: dict[Browser, None] = {}  # lag no more, but have heard more than the log has
+        self._pings: DeadlineQueue[Browser] = DeadlineQueue(config.ping_interval)
+        self._stalled: DeadlineQueue[Browser] = DeadlineQueue(STALL_TIMEOUT)
+        self._leaving: DeadlineQueue[Browser] = DeadlineQueue(CLOSE_TIMEOUT)
         self._stop_deadline: float | None = None
 
     # For other threads.
 
-    def start(self, on_failure: Callable[[], None]) -> None:
-        """Start the I/O thread; it calls `on_failure` should it ever end by a bug."""
-        self._selector.register(self._waker, selectors.EVENT_READ)
-        self._thread = threading.Thread(
-            target=self._run, args=(on_failure,), name="hub", daemon=True
-        )
-        self._thread.start()
+    def start(self, supervisor: Supervisor) -> None:
+        """Start the Hub's thread."""
+        self._thread = supervisor.run("hub", self._run, self.loop)
 
-    def subscribe(self, subscriber: Subscriber, greeting: bytes) -> bool:
+    def deliver(self) -> None:
+        """Take note of new calls in the log."""
+        if not self._is_called:
+            self._is_called = True
+            self.loop.wake()
+
+    def subscribe(self, browser: Browser, greeting: bytes) -> bool:
         """Take over a browser: it gets the greeting (its 101), then every call from now on.
 
         False when there is no place for it: its socket is the caller's still.
@@ -1428,458 +1650,454 @@ class Hub:
         with self._lock:
             if self._is_closing or len(self._registry) >= self.max_browsers:
                 return False
-            subscriber.calls_before = len(self._calls)
-            if subscriber.since is not None:
-                greeting += self._recover(subscriber, subscriber.since)
-            self._registry.add(subscriber)
-            self._arrivals.append(subscriber)
-            # A call triggered from here on waits for the lock, and so comes behind the greeting.
-            # If the browser is gone already, the I/O thread will see it.
+            if browser.recovers:
+                greeting += self._hello(browser)
+            else:
+                browser.place = self._log.end
+            self._registry.add(browser)
+            self._arrivals.append(browser)
+            # If the browser is gone already, the Hub's thread will see it.
             try:
-                subscriber.send(greeting)
+                browser.rest = greeting[browser.send(greeting) :]
             except OSError:
-                log.debug("browser %s left during its handshake", subscriber.address)
+                log.debug("browser %s left during its handshake", browser)
             # Done here, it costs no change of threads: epoll may be told of a socket while another
             # thread waits for it, and the selector's table is a dict.
-            self._selector.register(subscriber.sock, selectors.EVENT_READ, subscriber)
+            self.loop.watch(browser.sock, READ, browser)
         return True
 
     def welcome(self) -> None:
-        """Let the I/O thread take note of the arrivals, rather than when it turns anyway.
+        """Let the Hub's thread take note of the arrivals, rather than when it turns anyway.
 
         Called when there is nothing else to do: woken for each of 10,000 browsers, the two
         threads would fight for the interpreter's lock most of the time.
         """
         if self._arrivals:
-            self._waker.wake()
-
-    def broadcast(
-        self, parameters: Mapping[str, str], source: str, answer: Callable[[], None]
-    ) -> None:
-        """Queue a call for every browser here now; `answer` is called once it is on its way."""
-        with self._lock:
-            extens = self._history.audience_of(parameters)
-            call = make_call(self._ids.next(), parameters, source, extens)
-            self._history.add(call)
-            self._calls.append(call)
-            is_first = len(self._calls) == 1
-        if is_first:
-            self._waker.wake()
-        answer()
-
-    def relay_status(self) -> RelayStatus | None:
-        """Return how Redis is; None when this daemon is on its own."""
-        return None
+            self.loop.wake()
 
     def reconfigure(self, config: Config, max_browsers: int) -> None:
         """Take over a new configuration; browsers that it does not admit are closed with 1008."""
-        with self._lock:
-            self.max_browsers = max_browsers
-            self._history.seconds = config.history
-            self._new_config = config
-        self._waker.wake()
-
-    def is_turning(self, timeout: float) -> bool:
-        """Tell whether the I/O thread does its work, waiting `timeout` seconds for a sign."""
-        probe = threading.Event()
-        with self._lock:
-            self._probes.append(probe)
-        self._waker.wake()
-        return probe.wait(timeout)
+        self.max_browsers = max_browsers
+        self._log.seconds = config.history
+        self.loop.call_soon(partial(self._apply, config))
 
     def count(self) -> int:
         """Return how many browsers are connected."""
         return len(self._registry)
 
     def close(self) -> None:
-        """Close all with 1001 and end the I/O thread, within STOP_TIMEOUT."""
+        """Close all with 1001 and end the Hub's thread, within STOP_TIMEOUT."""
         with self._lock:
             self._is_closing = True
-        self._waker.wake()
+        self.loop.call_soon(self._close_all)
         if self._thread is not None:
             self._thread.join(STOP_TIMEOUT + CLOSE_TIMEOUT)
-        self._ids.close()
 
-    def _recover(self, subscriber: Subscriber, since: CallID | str) -> bytes:
-        """Note what a browser missed; return its HELLO. Under the lock: no gap, nothing twice."""
-        is_complete = True
-        if isinstance(since, CallID):
-            is_complete = self._look_back(subscriber, since)
+    def _hello(self, browser: Browser) -> bytes:
+        """Give a browser its place in the log; return HELLO, and ALIVE if it missed nothing."""
+        position, end = self._log.position, self._log.end
+        hello_id, is_complete, browser.place = position, True, end
+        if browser.since is not None:
+            hello_id = browser.since
+            browser.place, browser.since, is_complete = self.stream.resume(browser.since)
+        now = self.stream.clock()
         hello = {
             "type": "HELLO",
-            "id": str(self._last_id()),
+            "id": str(hello_id),
             "complete": is_complete,
-            "interval": self._ping_interval,
-            "time": int(time.time() * 1000),
+            "interval": int(self._pings.timeout),
+            "time": now,
         }
-        return serialize_frame(Opcode.TEXT, json.dumps(hello).encode("ascii"))
+        frames = serialize_frame(Opcode.TEXT, json.dumps(hello).encode("ascii"))
+        if browser.place >= end and (browser.since is None or browser.since <= position):
+            browser.since = None
+            frames += serialize_alive(position, now)
+        return frames
 
-    def _look_back(self, subscriber: Subscriber, since: CallID) -> bool:
-        """Note what a browser missed; tell whether that is all."""
-        missed, is_complete = self._history.since(since)
-        subscriber.missed = [call for call in missed if subscriber.wants(call)]
-        return is_complete
+    # The Hub's thread: its turns.
 
-    def _last_id(self) -> CallID:
-        """Return the position of a browser that has heard all."""
-        return self._ids.last
+    def _run(self) -> None:
+        while self._stop_deadline is None or (self._leaving and self._now < self._stop_deadline):
+            self._turn()
 
-    # The I/O thread's.
-
-    def _run(self, on_failure: Callable[[], None]) -> None:
-        try:
-            while self._turn():
-                pass
-        except Exception:
-            log.critical("the hub failed: this is a bug", exc_info=True)
-            self.has_failed = True
-            on_failure()
-
-    def _turn(self) -> bool:
-        """Serve what is ready; False when there is nothing left to do."""
-        events = self._selector.select(self._until_deadline())
+    def _turn(self) -> None:
+        """Serve what is ready, and what is due."""
+        ready = self.loop.wait(self._until_deadline())
         self._now = time.monotonic()
         # First of all, for an arrival may be among those that have something to say.
         self._take_over()
-        for key, mask in events:
-            if key.data is None:
-                self._waker.drain()
-            else:
-                self._serve(key.data, mask)
-            # A call does not wait for 10,000 answers to a ping.
-            if self._calls:
+        for browser, events in ready:
+            self._serve(browser, events)
+            # A call does not wait for all those who lag, or for 10,000 answers to a ping.
+            if self._place != self._log.end:
                 self._take_over()
-        # Asked behind the drain, which may have swallowed its waking, and before the last calls
-        # are taken over: nothing can come behind them.
-        is_closing = self._is_closing
-        self._take_over()
         self._ping()
-        self._end_those_leaving()
-        self._answer_others()
-        if is_closing and self._stop_deadline is None:
-            self._stop_deadline = self._now + STOP_TIMEOUT
-            for subscriber in list(self._audience):
-                self._close(subscriber, CloseCode.GOING_AWAY, "popup-notifier is stopping")
-        return self._stop_deadline is None or (
-            bool(self._leaving) and self._now < self._stop_deadline
-        )
+        for browser in self._stalled.expired(self._now):
+            self._evict(browser, f"it took nothing for {STALL_TIMEOUT:.0f} s")
+        for browser in self._leaving.expired(self._now):
+            self._abort(browser)
 
     def _until_deadline(self) -> float | None:
         """Return the seconds until something is due."""
-        due = [self._next_report]
-        if self._pings:
-            due.append(next(iter(self._pings)).next_ping)
-        if self._leaving:
-            due.append(self._leaving[0].deadline or 0)
-        return None if min(due) == math.inf else max(min(due) - time.monotonic(), 0)
+        queues = (self._pings, self._stalled, self._leaving)
+        return seconds_until(min(queue.next_deadline() for queue in queues))
 
-    def _answer_others(self) -> None:
-        """Show that this thread turns, and take over a new configuration."""
-        with self._lock:
-            probes, self._probes = self._probes, []
-            config, self._new_config = self._new_config, None
-        for probe in probes:
-            probe.set()
-        if config is not None:
-            self._ping_interval = config.ping_interval
-            for subscriber in list(self._audience):
-                if not config.crmws_allow.allows(subscriber.address):
-                    self._drop(subscriber, DropReason.NOT_ADMITTED, "is no longer in CRMWS_ALLOW")
-                    self._close(subscriber, CloseCode.POLICY_VIOLATION, "not admitted any more")
-        if self._now >= self._next_report:
-            self._next_report = self._now + self._manager.interval
-            status = f"{len(self._audience)} browsers connected, {self.metrics.calls} calls so far"
-            self._manager.notify(f"STATUS={status}", "WATCHDOG=1")
-
-    def _drop(self, subscriber: Subscriber, reason: DropReason, text: str) -> None:
-        """Log and count that we end a browser's connection."""
-        self.metrics.drops[reason] += 1
-        log.warning("browser dropped: %s %s", subscriber.address, text)
-
-    def _serve(self, subscriber: Subscriber, mask: int) -> None:
+    def _serve(self, browser: Browser, events: int) -> None:
         """Write and read what one browser's socket is ready for."""
         try:
-            if mask & selectors.EVENT_WRITE and not subscriber.is_gone:
-                self._flush(subscriber)
-            if mask & selectors.EVENT_READ and not subscriber.is_gone:
-                self._receive(subscriber)
+            if events & WRITE and not browser.is_gone:
+                self._feed(browser)
+            if events & READ and not browser.is_gone:
+                self._receive(browser)
         except Exception:
             self.metrics.drops[DropReason.BUG] += 1
-            log.exception("browser dropped: %s met a bug", subscriber.address)
-            self._abort(subscriber)
+            log.exception("browser dropped: %s met a bug", browser.visitor.address)
+            self._abort(browser)
+
+    def _apply(self, config: Config) -> None:
+        """Let a new configuration hold for those who are here."""
+        self._pings.change_timeout(config.ping_interval, self._now)
+        for browser in [*self._keeping_up, *self._lagging]:
+            try:
+                check_visitor(config, browser.visitor)
+            except RequestError as error:
+                self._drop(browser, DropReason.NOT_ADMITTED, f"is no longer admitted: {error}")
+                self._close(browser, CloseCode.POLICY_VIOLATION, "not admitted any more")
+
+    def _close_all(self) -> None:
+        """Deliver the last calls, and tell all that we stop."""
+        self._take_over()
+        self._stop_deadline = time.monotonic() + STOP_TIMEOUT
+        for browser in [*self._keeping_up, *self._lagging]:
+            self._close(browser, CloseCode.GOING_AWAY, "popup-notifier is stopping")
+
+    # The Hub's thread: calls.
 
     def _take_over(self) -> None:
-        """Deliver the calls that wait to those who were here, then admit the arrivals."""
+        """Deliver new calls to those who keep up, and take note of the arrivals."""
+        self._is_called = False
         with self._lock:
-            calls, self._calls = self._calls, []
             arrivals, self._arrivals = self._arrivals, []
-        counts = self._deliver(calls) if calls else []
-        for subscriber in arrivals:
-            self._admit(subscriber, calls[subscriber.calls_before :])
+        before = self._position
+        delivered: list[tuple[Call, int]] = []
+        while True:
+            slice_ = self._log.read(self._place)
+            assert slice_ is not None, "nothing is forgotten that the Hub has not seen"
+            self._place, self._position = slice_.end, slice_.position
+            if not slice_.calls:
+                break
+            calls = [call for call in slice_.calls if not call.is_again]
+            delivered += zip(calls, self._deliver(calls))
+        if delivered:
+            self._log.forget(self._place, STALL_TIMEOUT if self._lagging else 0)
+        for browser in arrivals:
+            self._admit(browser)
+        for call, count in delivered:
+            late = [each for each in arrivals if each.place <= call.place and each.wants(call)]
+            self._log_call(call, count + len(late))
         if arrivals:
             self._make_room()
             self._log_arrivals(arrivals)
-        for index, (call, count) in enumerate(zip(calls, counts)):
-            late = [each for each in arrivals if each.calls_before <= index and each.wants(call)]
-            self._log_call(call, count + len(late))
+        if self._position != before:
+            for browser in list(self._ahead):
+                self._lag(browser)
 
     def _deliver(self, calls: list[Call]) -> list[int]:
         """Send calls, those for one browser in one go; return how many browsers get each."""
         frames = b"".join([call.frame for call in calls])
-        unfiltered = list(self._audience.unfiltered)
-        for subscriber in unfiltered:
-            self._write(subscriber, frames)
-        shares: dict[Subscriber, bytes] = {}
+        for browser in list(self._keeping_up.unfiltered):
+            self._send(browser, frames)
+        shares: dict[Browser, bytes] = {}
         counts = []
         for extens, group in itertools.groupby(calls, lambda call: call.extens):
             alike = list(group)
-            listeners = self._audience.filtered(extens)
-            counts += [len(unfiltered) + len(listeners)] * len(alike)
+            count = self._keeping_up.count(extens) + self._lagging.count(extens)
+            counts += [count] * len(alike)
             frames = b"".join([call.frame for call in alike])
-            for subscriber in listeners:
-                shares[subscriber] = (
-                    shares[subscriber] + frames if subscriber in shares else frames
-                )
-        for subscriber, frames in shares.items():
-            self._write(subscriber, frames)
+            for browser in self._keeping_up.filtered(extens):
+                shares[browser] = shares[browser] + frames if browser in shares else frames
+        for browser, frames in shares.items():
+            self._send(browser, frames)
         return counts
 
-    def _admit(self, subscriber: Subscriber, calls: list[Call]) -> None:
-        """Send a browser what it missed and the calls that came since its 101."""
-        subscriber.last_heard = self._now
-        subscriber.next_ping = self._now + self._ping_interval
-        self._pings[subscriber] = None
-        self._audience.add(subscriber)
-        frames = b"".join([call.replay_frame() for call in subscriber.missed])
-        subscriber.missed = []
-        # It may be long: the bound is for what comes on top.
-        subscriber.max_backlog += len(frames)
-        frames += self._share_of(subscriber, calls)
-        if frames:
-            self._write(subscriber, frames)
-        if subscriber.leftover and not subscriber.is_gone:
-            self._digest(subscriber, subscriber.leftover)
-        subscriber.leftover = b""
-
-    def _share_of(self, subscriber: Subscriber, calls: list[Call]) -> bytes:
-        """Return the frames of those calls that are for one browser."""
-        return b"".join([call.frame for call in calls if subscriber.wants(call)])
-
-    def _write(self, subscriber: Subscriber, frames: bytes) -> None:
-        """Send whole frames, or let wait what the socket does not take."""
-        if subscriber.backlog is not None:
-            subscriber.backlog.append(frames)
-        else:
-            sent = pledged = 0
-            try:
-                sent = subscriber.send(frames)
-            except ssl.SSLWantWriteError:
-                pledged = len(frames)
-            except WOULD_BLOCK:
-                pass
-            except OSError as error:
-                self._lose(subscriber, error)
-                return
-            if sent == len(frames):
-                return
-            subscriber.backlog = Backlog(frames, sent, pledged)
-            self._watch(subscriber, selectors.EVENT_READ | selectors.EVENT_WRITE)
-        if subscriber.backlog.size > subscriber.max_backlog:
-            self._evict(subscriber)
-
-    def _flush(self, subscriber: Subscriber) -> None:
-        """Send on what waits for a browser whose socket has room again."""
-        if subscriber.backlog is None:
-            return
-        size = subscriber.backlog.size
+    def _send(self, browser: Browser, frames: bytes) -> None:
+        """Send whole frames to a browser of which nothing is left to send."""
+        sent = 0
         try:
-            subscriber.backlog.flush(subscriber.send)
+            sent = browser.send(frames)
+        except WOULD_BLOCK:
+            pass
         except OSError as error:
-            self._lose(subscriber, error)
+            self._lose(browser, error)
             return
-        if subscriber.backlog.size < size:
-            # Its answers to pings may be late, but it takes what we send.
-            subscriber.last_heard = self._now
-        if not subscriber.backlog.size:
-            subscriber.backlog = None
-            self._watch(subscriber, selectors.EVENT_READ)
-            self._hang_up_if_closed(subscriber)
+        if sent == len(frames):
+            return
+        browser.rest = memoryview(frames)[sent:]
+        if browser in self._leaving:
+            self.loop.watch(browser.sock, READ | WRITE, browser)
+        else:
+            browser.place = self._place
+            self._lag(browser)
 
-    def _watch(self, subscriber: Subscriber, events: int) -> None:
-        self._selector.modify(subscriber.sock, events, subscriber)
+    def _admit(self, browser: Browser) -> None:
+        """Let a browser that has arrived keep up, or begin at its place."""
+        self._pings.add(browser, self._now)
+        if browser.place == self._place and browser.since is None and not browser.rest:
+            self._keep_up(browser)
+        else:
+            self._lag(browser)
 
-    def _receive(self, subscriber: Subscriber) -> None:
+    def _lag(self, browser: Browser) -> None:
+        """Send a browser the rest from its place, when its socket has room."""
+        self._keeping_up.discard(browser)
+        self._ahead.pop(browser, None)
+        if browser not in self._lagging:
+            self._lagging.add(browser)
+        self._stalled.add(browser, self._now)
+        self.loop.watch(browser.sock, WRITE, browser)
+
+    def _keep_up(self, browser: Browser) -> None:
+        """Send a browser each call as it comes, and listen to it."""
+        self._lagging.discard(browser)
+        self._keeping_up.add(browser)
+        self._listen(browser)
+
+    def _listen(self, browser: Browser) -> None:
+        self._stalled.discard(browser)
+        self.loop.watch(browser.sock, READ, browser)
+        leftover, browser.leftover = browser.leftover, b""
+        if leftover:
+            self._data_received(browser, leftover)
+
+    def _feed(self, browser: Browser) -> None:
+        """Send on to a browser whose socket has room: one slice, then it is the others' turn."""
+        is_leaving = browser in self._leaving
+        if not browser.rest and not is_leaving and not self._load(browser):
+            return
+        if browser.rest:
+            try:
+                browser.rest = browser.rest[browser.send(browser.rest) :]
+            except WOULD_BLOCK:
+                return
+            except OSError as error:
+                self._lose(browser, error)
+                return
+        if is_leaving:
+            if not browser.rest:
+                self.loop.watch(browser.sock, READ, browser)
+                self._hang_up_if_closed(browser)
+            return
+        self._stalled.add(browser, self._now)
+        if not browser.rest and browser.place == self._place:
+            if browser.since is None:
+                self._keep_up(browser)
+            else:
+                self._ahead[browser] = None
+                self._listen(browser)
+
+    def _load(self, browser: Browser) -> bool:
+        """Take the next slice of what a browser is owed; False when it is forgotten."""
+        slice_ = self._log.read(browser.place, self._place)
+        if slice_ is None:
+            self._evict(browser, "the next calls for it are forgotten")
+            return False
+        browser.place = slice_.end
+        frames = [call.frame for call in slice_.calls if browser.wants(call)]
+        if browser.place == self._place and (
+            browser.since is None or browser.since <= self._position
+        ):
+            browser.since = None
+            if browser.recovers:
+                frames.append(serialize_alive(self._position, self.stream.clock()))
+        browser.rest = memoryview(b"".join(frames))
+        return True
+
+    # The Hub's thread: what browsers say, or do not say.
+
+    def _receive(self, browser: Browser) -> None:
         """Read what a browser sent."""
         try:
-            data = subscriber.sock.recv(READ_SIZE)
+            data = browser.sock.recv(READ_SIZE)
         except WOULD_BLOCK:
             return
         except OSError as error:
-            self._lose(subscriber, error)
+            self._lose(browser, error)
             return
         if data:
-            subscriber.last_heard = self._now
-            self._digest(subscriber, data)
+            browser.unanswered = 0
+            self._data_received(browser, data)
         else:
-            if subscriber.deadline is None:
-                self._strike_off(subscriber)
-                self._log_gone(subscriber, "hung up without Close")
-            self._remove(subscriber)
+            if browser not in self._leaving:
+                self._unregister(browser)
+                self._log_gone(browser, "hung up without Close")
+            self._remove(browser)
 
-    def _digest(self, subscriber: Subscriber, data: bytes) -> None:
+    def _data_received(self, browser: Browser, data: bytes) -> None:
         """Let the protocol answer; what a browser says is checked and ignored."""
-        protocol = subscriber.protocol
+        protocol = browser.protocol
         was_closed = protocol.is_closed
         protocol.receive_data(data)
         protocol.events_received()
-        reply = protocol.data_to_send()
-        if reply:
-            self._write(subscriber, reply)
-        if protocol.is_closed and not was_closed and not subscriber.is_gone:
-            is_leaving = subscriber.deadline is not None
-            self._leave(subscriber)
-            self._hang_up_if_closed(subscriber)
+        is_leaving = browser in self._leaving
+        if protocol.is_closed and not is_leaving:
+            self._leave(browser)
+        self._reply(browser, protocol.data_to_send())
+        if protocol.is_closed and not was_closed and not browser.is_gone:
+            self._hang_up_if_closed(browser)
             if protocol.error is not None:
-                self._drop(subscriber, DropReason.PROTOCOL_ERROR, f"sent {protocol.error}")
+                self._drop(browser, DropReason.PROTOCOL_ERROR, f"sent {protocol.error}")
             elif not is_leaving:
-                self._log_gone(subscriber, f"closed with {protocol.close_code}")
+                self._log_gone(browser, f"closed with {protocol.close_code}")
 
-    def _hang_up_if_closed(self, subscriber: Subscriber) -> None:
+    def _reply(self, browser: Browser, frames: bytes) -> None:
+        """Send control frames, behind what is left of the last send."""
+        if browser.rest:
+            browser.rest = b"".join((browser.rest, frames))
+        elif frames:
+            self._send(browser, frames)
+
+    def _ping(self) -> None:
+        """Ping those whose turn it is; who left MAX_UNANSWERED pings unanswered is gone."""
+        if self._pings.next_deadline() > self._now:
+            return
+        interval = self._pings.timeout
+        alive = serialize_alive(self._position, self.stream.clock())
+        for browser in self._pings.expired(self._now + PING_SLACK * interval):
+            if browser.unanswered == MAX_UNANSWERED:
+                silence = MAX_UNANSWERED * interval
+                self._drop(browser, DropReason.SILENT, f"was silent for {silence:.0f} s")
+                self._abort(browser)
+                continue
+            self._pings.add(browser, self._now)
+            if browser in self._keeping_up:
+                browser.unanswered += 1
+                self._send(browser, alive + PING if browser.recovers else PING)
+            elif browser in self._ahead and browser.since is not None:
+                browser.unanswered += 1
+                self._send(browser, serialize_alive(browser.since, self.stream.clock()) + PING)
+
+    # The Hub's thread: how browsers leave.
+
+    def _drop(self, browser: Browser, reason: DropReason, text: str) -> None:
+        """Log and count that we end a browser's connection."""
+        self.metrics.drops[reason] += 1
+        log.warning("browser dropped: %s %s", browser.visitor.address, text)
+
+    def _evict(self, browser: Browser, why: str) -> None:
+        """Give up on a browser that does not keep up; it can come back."""
+        self._drop(browser, DropReason.TOO_SLOW, f"is too slow: {why}")
+        self._close(browser, CloseCode.POLICY_VIOLATION, "too slow")
+
+    def _close(self, browser: Browser, code: CloseCode, reason: str) -> None:
+        """Begin the closing handshake."""
+        self._leave(browser)
+        browser.protocol.send_close(code, reason)
+        self._reply(browser, browser.protocol.data_to_send())
+
+    def _leave(self, browser: Browser) -> None:
+        """Send a browser no more calls; it has CLOSE_TIMEOUT to hang up."""
+        self._unregister(browser)
+        self._leaving.add(browser, self._now)
+        self.loop.watch(browser.sock, READ | WRITE if browser.rest else READ, browser)
+
+    def _hang_up_if_closed(self, browser: Browser) -> None:
         """Send FIN once Close frames went both ways, or the connection was failed.
 
         The socket is closed when the peer's FIN arrives: closing it before with bytes unread
         would send a reset, which can overtake our Close frame (RFC 6455 section 7.1.1).
         """
-        if subscriber.protocol.is_closed and subscriber.backlog is None:
+        if browser.protocol.is_closed and not browser.rest:
             with contextlib.suppress(OSError):
-                subscriber.sock.shutdown(socket.SHUT_WR)
-
-    def _ping(self) -> None:
-        """Ping those whose turn it is; who was silent for two intervals is gone."""
-        if not self._pings or next(iter(self._pings)).next_ping > self._now:
-            return
-        with self._lock:
-            if self._calls:
-                return  # they go first, for ALIVE says that all calls up to its ID have been sent
-            alive = serialize_alive(self._last_id())
-        slack = PING_SLACK * self._ping_interval
-        while self._pings:
-            subscriber = next(iter(self._pings))
-            if subscriber.next_ping > self._now + slack:
-                break
-            silence = self._now - subscriber.last_heard
-            if silence >= 2 * (self._ping_interval - slack):
-                self._drop(subscriber, DropReason.SILENT, f"was silent for {silence:.0f} s")
-                self._abort(subscriber)
-                continue
-            subscriber.next_ping = self._now + self._ping_interval
-            self._pings.move_to_end(subscriber)
-            frames = PING if subscriber.since is None else alive + PING
-            if subscriber.cursor is not None:
-                frames = serialize_alive(subscriber.cursor.id) + PING
-            self._write(subscriber, frames)
-
-    def _evict(self, subscriber: Subscriber) -> None:
-        """Give up on a browser that does not keep up; it can come back."""
-        if subscriber.deadline is not None or subscriber.backlog is None:
-            return
-        text = f"is too slow, {subscriber.backlog.size} bytes wait for it"
-        self._drop(subscriber, DropReason.TOO_SLOW, text)
-        subscriber.backlog.discard()
-        self._close(subscriber, CloseCode.POLICY_VIOLATION, "too slow")
-
-    def _close(self, subscriber: Subscriber, code: CloseCode, reason: str) -> None:
-        """Begin the closing handshake."""
-        self._leave(subscriber)
-        subscriber.protocol.send_close(code, reason)
-        self._write(subscriber, subscriber.protocol.data_to_send())
-
-    def _leave(self, subscriber: Subscriber) -> None:
-        """Take a browser off the audience; it has CLOSE_TIMEOUT to hang up."""
-        if subscriber.deadline is None:
-            subscriber.deadline = self._now + CLOSE_TIMEOUT
-            self._leaving.append(subscriber)
-            self._strike_off(subscriber)
+                browser.sock.shutdown(socket.SHUT_WR)
 
     def _make_room(self) -> None:
         """Reset those who take their time to leave when others need their places."""
-        while self._leaving and len(self._audience) + len(self._leaving) > self.max_browsers:
-            self._abort(self._leaving.popleft())
+        present = len(self._keeping_up) + len(self._lagging)
+        while self._leaving and present + len(self._leaving) > self.max_browsers:
+            self._abort(self._leaving.first())
 
-    def _end_those_leaving(self) -> None:
-        """Reset the connections of those whose time to leave is over."""
-        while self._leaving:
-            subscriber = self._leaving[0]
-            if not subscriber.is_gone:
-                if (subscriber.deadline or 0) > self._now:
-                    return
-                self._abort(subscriber)
-            self._leaving.popleft()
-
-    def _lose(self, subscriber: Subscriber, error: OSError) -> None:
+    def _lose(self, browser: Browser, error: OSError) -> None:
         """Give up on a browser whose connection broke."""
-        if subscriber.deadline is None:
-            self._strike_off(subscriber)
-            self._log_gone(subscriber, f"connection lost, {error.strerror}")
-        self._abort(subscriber)
+        if browser not in self._leaving:
+            self._unregister(browser)
+            self._log_gone(browser, f"connection lost, {error.strerror}")
+        self._abort(browser)
 
-    def _abort(self, subscriber: Subscriber) -> None:
+    def _abort(self, browser: Browser) -> None:
         """Reset a browser's connection: the kernel drops at once what nobody takes any more."""
         with contextlib.suppress(OSError):
             linger = struct.pack("ii", 1, 0)
-            subscriber.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        self._remove(subscriber)
+            browser.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self._remove(browser)
 
-    def _remove(self, subscriber: Subscriber) -> None:
-        if not subscriber.is_gone:
-            subscriber.is_gone = True
-            self._strike_off(subscriber)
-            self._selector.unregister(subscriber.sock)
-            subscriber.sock.close()
+    def _remove(self, browser: Browser) -> None:
+        if not browser.is_gone:
+            self._unregister(browser)
+            self._leaving.discard(browser)
+            self.loop.forget(browser.sock)
+            browser.sock.close()
+
+    def _unregister(self, browser: Browser) -> None:
+        self._keeping_up.discard(browser)
+        self._lagging.discard(browser)
+        self._ahead.pop(browser, None)
+        self._pings.discard(browser)
+        self._stalled.discard(browser)
+        with self._lock:
+            self._registry.discard(browser)
+
+    # The Hub's thread: the log lines.
+
+    def _connected(self) -> str:
+        return f"{len(self._keeping_up) + len(self._lagging)} connected"
 
     def _log_call(self, call: Call, count: int) -> None:
         """Log and count who called whom, and how many browsers got it; if none did, why."""
-        if not call.is_news:
-            return
-        self.metrics.observe(count, time.monotonic() - call.time)
+        trigger = call.trigger
+        self.metrics.observe(count, time.monotonic() - trigger.began)
+        unique = trigger.parameters.get("uniqueid")
         log.info(
-            "call %s: phone=%s exten=%s from %s to %d browser%s%s",
+            "call %s: %s phone=%s exten=%s%s from %s to %d browser%s%s",
             call.id,
-            quote(call.parameters["phone"]),
-            quote(call.parameters["exten"]),
-            call.source,
+            trigger.parameters.get("event", "ring"),
+            quote(trigger.parameters["phone"]),
+            quote(trigger.parameters["exten"]),
+            f" uniqueid={quote(unique)}" if unique else "",
+            trigger.source,
             count,
             "" if count == 1 else "s",
-            "" if count else f": {self._audience.describe()}",
+            "" if count else f": {self._describe()}",
         )
 
-    def _log_arrivals(self, arrivals: list[Subscriber]) -> None:
+    def _describe(self) -> str:
+        """Return who is here, for the log."""
+        known = [*dict.fromkeys([*self._keeping_up.extens(), *self._lagging.extens()])]
+        if not known:
+            return "none is connected"
+        names = ", ".join([quote_unless_plain(each) for each in known[:LOGGED_EXTENS]])
+        more = len(known) - LOGGED_EXTENS
+        return f"{self._connected()}, for {names}" + (f" and {more} more" if more > 0 else "")
+
+    def _log_arrivals(self, arrivals: list[Browser]) -> None:
         """Log who came, in one line: after a restart all come within a second."""
-        named = ", ".join([str(each.address) for each in arrivals[:LOGGED_ARRIVALS]])
+        named = ", ".join([str(each) for each in arrivals[:LOGGED_ARRIVALS]])
         more = len(arrivals) - LOGGED_ARRIVALS
         if more > 0:
             named += f" and {more} more"
-        log.info("browser connected: %s (%d connected)", named, len(self._audience))
+        log.info("browser connected: %s (%s)", named, self._connected())
 
-    def _log_gone(self, subscriber: Subscriber, why: str) -> None:
-        log.info(
-            "browser gone: %s %s (%d connected)", subscriber.address, why, len(self._audience)
-        )
-
-    def _strike_off(self, subscriber: Subscriber) -> None:
-        self._audience.discard(subscriber)
-        self._pings.pop(subscriber, None)
-        with self._lock:
-            self._registry.discard(subscriber)
+    def _log_gone(self, browser: Browser, why: str) -> None:
+        log.info("browser gone: %s %s (%s)", browser.visitor.address, why, self._connected())
 
 
-# --- 5. HTTP -----------------------------------------------------------------------------------
+# --- 6. HTTP -----------------------------------------------------------------------------------
 
 # Heads are read as Latin-1: every byte is a character. A PBX may put a caller's name into the
 # request line as raw UTF-8.
 TOKEN_CHARS = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rf"({TOKEN_CHARS}) ([!-~\x80-\xff]+) HTTP/1\.([0-9])")
 FIELD_LINES = re.compile(rf"(?:{TOKEN_CHARS}:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*")
+HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]*)(?::[0-9]*)?")
 AUTHORITY = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
 SWITCHING_PROTOCOLS = (
     "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -1889,6 +2107,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 SUBPROTOCOL = "popup-notifier"  # what a page names beside its token
 SCRIPT_NAME = "popup-sample.js"
 SCRIPT_FOLDERS = (Path(__file__).resolve().parent, Path("/usr/local/share/popup-notifier"))
+SURROGATES = re.compile("[\ud800-\udfff]+")  # what stands for bytes that are not UTF-8
 FORM = "application/x-www-form-urlencoded"
 JSON = "application/json"
 
@@ -1921,8 +2140,10 @@ def parse_head(head: bytes) -> Request:
     method, target, minor = matched.groups()
     fields = parse_fields(lines)
     hosts = fields.get("host")
-    if (hosts is None and minor != "0") or (hosts is not None and "," in hosts):
+    if hosts is None and minor != "0":
         raise bad_request("there must be one Host field")
+    if hosts is not None and not HOST.fullmatch(hosts):  # two are joined by a comma
+        raise bad_request(f"Host: {quote(hosts)} is not one host and port (RFC 9112 section 3.2)")
     if not target.startswith("/"):
         target = AUTHORITY.sub("", target, 1)
     path, _, query = target.partition("?")
@@ -2038,9 +2259,10 @@ class JSONObject(list[tuple[str, object]]):
 def parse_json(body: bytes) -> list[tuple[str, object]]:
     """Return the pairs of a JSON object."""
     try:
-        pairs = json.loads(body.decode("utf-8"), object_pairs_hook=JSONObject)
+        text = body.decode("utf-8", "surrogateescape")
+        pairs = json.loads(text, object_pairs_hook=JSONObject)
     except (ValueError, RecursionError):
-        raise bad_request("the body is not JSON in UTF-8") from None
+        raise bad_request("the body is not JSON") from None
     if not isinstance(pairs, JSONObject):
         raise bad_request("the body is not a JSON object")
     return pairs
@@ -2055,30 +2277,38 @@ def check_parameters(pairs: Iterable[tuple[str, object]]) -> dict[str, str]:
     for name, value in pairs:
         if name in given:
             raise bad_request(f"{quote(name)} is given twice")
+        name = SURROGATES.sub("\ufffd", name)
         given[name] = check_value(name, value)
+    event = given.get("event", "ring")
+    if event not in EVENTS:
+        raise bad_request(f"event: {quote(event)} is none of {', '.join(EVENTS)}")
     if len(given) > MAX_PARAMETERS:
         raise bad_request(f"more than {MAX_PARAMETERS} parameters")
     if not given.get("phone"):
         raise bad_request("phone is missing or empty; a withheld number is phone=anonymous")
     given.pop("token", None)
-    return {"phone": given.pop("phone"), "exten": given.pop("exten", "") or "all", **given}
+    return {"phone": given.pop("phone"), "exten": given.pop("exten", "") or ALL, **given}
+
+
+def is_text(value: object) -> bool:
+    """Tell whether a parameter can be one: a number of JSON can, too."""
+    return isinstance(value, (str, int)) and not isinstance(value, bool)
 
 
 def check_value(name: str, value: object) -> str:
     """Return the text of one parameter."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str):
+    if not is_text(value):
         raise bad_request(f"{quote(name)} is not a text")
+    given = str(value)
     if len(name) > MAX_NAME:
         raise bad_request(f"the name {quote(name)} has over {MAX_NAME} characters")
-    if len(value) > MAX_VALUE:
+    if len(given) > MAX_VALUE:
         raise bad_request(f"{quote(name)} has over {MAX_VALUE} characters")
-    try:
-        (name + value).encode("utf-8")
-    except UnicodeEncodeError:
-        raise bad_request(f"{quote(name)} is not UTF-8") from None
-    return value
+    text = SURROGATES.sub("\ufffd", given)
+    # Asterisk 16 cuts names in the middle of a character, and a refused call is a lost one.
+    if text != given and name in ("phone", "exten", "token"):
+        raise bad_request(f"{quote(name)} is not UTF-8")
+    return text
 
 
 INTERNAL_ERROR = serialize_response(
@@ -2087,19 +2317,20 @@ INTERNAL_ERROR = serialize_response(
 
 
 class Connection:
-    """A peer whose request is arriving. Belongs to the accepting thread."""
+    """A peer whose request arrives, or whose answer leaves. Belongs to its Server's thread."""
 
-    def __init__(self, sock: socket.socket, address: IPAddress) -> None:
+    def __init__(self, sock: socket.socket, address: IPAddress, is_tls: bool) -> None:
         self.sock = sock  # non-blocking
         self.address = address  # of the peer, until a trusted proxy says who is behind it
-        self.is_shaking_hands = isinstance(sock, ssl.SSLSocket)
+        self.awaits_hello = is_tls  # the first byte of its TLS handshake
+        self.is_shaking_hands = False
         self.received = bytearray()
         self.request: Request | None = None  # known once its head is here
         self.route: Route | None = None  # known once it may ask for it
         self.head_size = 0  # bytes, with the empty line
         self.awaits_continue = False  # its body comes when we ask for it
-        self.room: Room | None = None  # where it waits
-        self.deadline = 0.0  # until when, monotonic seconds
+        self.answer = b""  # what is left to send
+        self.queue: DeadlineQueue[Connection] | None = None  # where it waits
 
     @property
     def is_complete(self) -> bool:
@@ -2112,6 +2343,11 @@ class Connection:
     def rest(self) -> bytes:
         """What came behind the head: the body, or first frames."""
         return bytes(self.received[self.head_size :])
+
+    @property
+    def is_closed(self) -> bool:
+        """Tell whether we have hung up, which an event of the same turn does not know."""
+        return self.sock.fileno() < 0
 
     def feed(self, data: bytes) -> None:
         """Take in bytes; raises RequestError as soon as they can't become a request."""
@@ -2130,29 +2366,21 @@ class Connection:
         if end >= 0:
             self.request = parse_head(bytes(self.received[:end]))
             self.head_size = end + len(HEAD_END)
-            self.awaits_continue = self.request.fields.get("expect") == "100-continue"
+            expected = self.request.fields.get("expect", "")
+            self.awaits_continue = expected.lower() == "100-continue"
 
 
-class Room(collections.OrderedDict[Connection, None]):
-    """Connections that wait, the longest waiting first: at most `size`, `timeout` seconds each."""
-
-    def __init__(self, size: int, timeout: float) -> None:
-        super().__init__()
-        self.size = size
-        self.timeout = timeout
-
-
-class Rooms(NamedTuple):
+class Queues(NamedTuple):
     """Where connections wait for the rest of their request, by what their address may do.
 
-    Each kind fills its own room alone. The longest waiting goes when it is full: whoever is
+    Each kind fills its own queue alone. The longest waiting goes when it is full: whoever is
     quick never waits long enough to be that one.
     """
 
-    trigger: Room
-    browser: Room
-    nobody: Room
-    draining: Room  # refused ones that may still be sending
+    trigger: DeadlineQueue[Connection]
+    browser: DeadlineQueue[Connection]
+    nobody: DeadlineQueue[Connection]
+    draining: DeadlineQueue[Connection]  # refused ones that may still be sending
 
 
 class RefusalLog:
@@ -2162,14 +2390,13 @@ class RefusalLog:
         self.totals: collections.Counter[int] = collections.Counter()  # by status
         self._lock = threading.Lock()
         self._counts: collections.Counter[tuple[str, int]] = collections.Counter()
-        self.deadline: float | None = None  # when to report, monotonic seconds
+        self.deadline = math.inf  # when to report, monotonic seconds
 
     def add(self, address: IPAddress, error: RequestError) -> None:
         """Log a refusal, or count it when its like were logged just before. Any thread."""
         key = (str(address), error.status.value)
         with self._lock:
-            if self.deadline is None:
-                self.deadline = time.monotonic() + REPORT_PERIOD
+            self.deadline = min(self.deadline, time.monotonic() + REPORT_PERIOD)
             self.totals[error.status.value] += 1
             self._counts[key] += 1
             count, is_full = self._counts[key], len(self._counts) >= REPORT_KEYS
@@ -2181,10 +2408,10 @@ class RefusalLog:
     def report(self, now: float = math.inf) -> None:
         """Log what was only counted, if that is due, and begin anew. Any thread."""
         with self._lock:
-            if self.deadline is None or self.deadline > now:
+            if self.deadline > now:
                 return
             counts, self._counts = self._counts, collections.Counter()
-            self.deadline = None
+            self.deadline = math.inf
         for (address, status), count in counts.items():
             if count > REPORT_LINES:
                 more = count - REPORT_LINES
@@ -2194,8 +2421,10 @@ class RefusalLog:
 class Server(http.server.ThreadingHTTPServer):
     """Accepts connections, gathers their requests and has them answered, in one thread.
 
-    The accepting thread never blocks: a request is answered from memory as soon as it is whole,
-    and whoever is slow waits in a room of bounded size until a deadline.
+    Of ThreadingHTTPServer it uses the listening socket and the request threads, with their hooks
+    (process_request, finish_request, handle_error, shutdown_request). serve_forever is its own:
+    it never blocks. A request is answered from memory as soon as it is whole; whoever is slow
+    waits in a queue of bounded size until a deadline; what may wait for a disk gets a thread.
     """
 
     daemon_threads = True
@@ -2207,29 +2436,29 @@ class Server(http.server.ThreadingHTTPServer):
         config: Config,
         port: int,
         hub: Hub,
-        rooms: Rooms,
+        supervisor: Supervisor,
+        queues: Queues,
         refusals: RefusalLog,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self.config = config
         self.hub = hub
+        self.supervisor = supervisor
         self.refusals = refusals
         self.tls = tls  # None: this port speaks plain HTTP
+        self.loop = Loop()
         is_for_browsers = port == config.client_port
         self._routes = {
             path: route
             for path, route in ROUTES.items()
             if route.access_list == "crmws_allow" or not is_for_browsers
         }
-        self._rooms = rooms
-        self._waker = Waker()
+        self._queues = queues
         self._is_stopping = False
-        self._tasks: collections.deque[Callable[[], None]] = collections.deque()
-        self._accept_again: float | None = None  # when accepting is paused: until then
+        self._accept_again = math.inf  # when accepting is paused: until then
         self._complain_again = 0.0  # monotonic seconds
         self._has_warned_of_proxy = False
         self._free_threads = threading.BoundedSemaphore(MAX_THREADS)
-        self._selector = selectors.DefaultSelector()
         host = "::" if config.listen is None and socket.has_dualstack_ipv6() else "0.0.0.0"
         if config.listen is not None:
             host = str(config.listen)
@@ -2239,8 +2468,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.setblocking(False)
         # Accepted sockets inherit it: a frame must not wait for the last one's acknowledgement.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
-        self._selector.register(self._waker, selectors.EVENT_READ, self._waker.drain)
+        self.loop.watch(self.socket, READ, self)
 
     def server_bind(self) -> None:
         """Bind without HTTPServer's look-up of the host's name: name servers can be away."""
@@ -2251,50 +2479,46 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def serve_forever(self, poll_interval: float = 0) -> None:
-        """Accept and answer until stop(). Nothing is polled: `poll_interval` is the parent's."""
+        """Accept and answer until shutdown(). Nothing is polled: that is the parent's."""
         if threading.current_thread() is threading.main_thread():
-            self._waker.heed_signals()
+            self.loop.wake_on_signals()
         while not self._is_stopping:
-            ready = self._selector.select(0)
-            if not ready:
+            ready = self.loop.wait(0)
+            if not ready and not self._is_stopping:
                 self.hub.welcome()
-                ready = self._selector.select(self._until_deadline())
-            for key, _ in ready:
-                key.data()
-            while self._tasks:
-                self._tasks.popleft()()
+                ready = self.loop.wait(self._until_deadline())
+            for owner, events in ready:
+                if owner is self:
+                    self._accept()
+                elif not owner.is_closed:
+                    (self._write if events & WRITE else self._read)(owner)
             self._expire()
 
-    def stop(self) -> None:
-        """Let serve_forever return. Any thread, and signal handlers."""
+    def shutdown(self) -> None:
+        """Let serve_forever return. Any thread, and signal handlers; nobody waits."""
         self._is_stopping = True
-        self._waker.wake()
-
-    def call_soon(self, task: Callable[[], None]) -> None:
-        """Have something done by the thread that serves. Any thread, and signal handlers."""
-        self._tasks.append(task)
-        self._waker.wake()
+        self.loop.wake()
 
     def _until_deadline(self) -> float | None:
         """Return the seconds until something is due."""
-        due = [next(iter(room)).deadline for room in self._rooms if room]
-        due += [at for at in (self._accept_again, self.refusals.deadline) if at is not None]
-        return max(min(due) - time.monotonic(), 0) if due else None
+        due = [queue.next_deadline() for queue in self._queues]
+        return seconds_until(min(*due, self._accept_again, self.refusals.deadline))
 
     def _expire(self) -> None:
         """Do what is due: end those who were too slow, accept again after a pause, report."""
         now = time.monotonic()
         self.refusals.report(now)
-        for room in self._rooms:
-            while room and next(iter(room)).deadline <= now:
-                self._time_out(next(iter(room)))
-        if self._accept_again is not None and self._accept_again <= now:
-            self._accept_again = None
-            self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
+        for queue in self._queues:
+            while queue.next_deadline() <= now:
+                self._time_out(queue.first())
+        if self._accept_again <= now:
+            self._accept_again = math.inf
+            self.loop.watch(self.socket, READ, self)
 
     def _time_out(self, connection: Connection) -> None:
         """Tell a peer that was too slow; one that sent nothing is a probe and no news."""
-        if connection.room is self._rooms.draining or not connection.received:
+        is_answered = connection.queue is self._queues.draining or connection.answer
+        if is_answered or not connection.received:
             self._hang_up(connection)
         else:
             reason = f"the request did not arrive within {REQUEST_TIMEOUT:.0f} s"
@@ -2313,16 +2537,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self._pause(error)
                 return
             sock.setblocking(False)
-            try:
-                if self.tls is not None:
-                    # Wrapping the listener instead would let one silent peer stop us.
-                    sock = self.tls.wrap_socket(
-                        sock, server_side=True, do_handshake_on_connect=False
-                    )
-            except OSError:
-                sock.close()  # it left already
-                continue
-            self._read(Connection(sock, peer_address(peer[0])))
+            self._read(Connection(sock, peer_address(peer[0]), self.tls is not None))
 
     def _pause(self, error: OSError) -> None:
         """Accept nobody for a moment: the listener stays ready, and would keep us spinning."""
@@ -2330,17 +2545,22 @@ class Server(http.server.ThreadingHTTPServer):
         if now >= self._complain_again:
             log.error("cannot accept connections: %s", error.strerror)
             self._complain_again = now + REPORT_PERIOD
-        self._selector.unregister(self.socket)
+        self.loop.forget(self.socket)
         self._accept_again = now + ACCEPT_PAUSE
 
     def _read(self, connection: Connection) -> None:
         """Read what is there; answer a whole request, wait for the rest of another."""
         try:
+            if connection.awaits_hello:
+                begin_tls(connection, self.tls)
             if connection.is_shaking_hands:
                 shake_hands(connection)
             data = connection.sock.recv(READ_SIZE)
         except WOULD_BLOCK:
             self._wait(connection)
+            return
+        except RequestError as error:
+            self._refuse(connection, error)
             return
         except ssl.SSLError as error:
             self.refusals.add(connection.address, tls_refusal(error))
@@ -2349,7 +2569,7 @@ class Server(http.server.ThreadingHTTPServer):
             data = b""
         if not data:
             self._hang_up(connection)  # without a whole request: a probe, or it gave up
-        elif connection.room is not self._rooms.draining:
+        elif connection.queue is not self._queues.draining:
             try:
                 connection.feed(data)
                 self._advance(connection)
@@ -2357,8 +2577,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self._refuse(connection, error)
             except Exception:
                 log.exception("a request from %s met a bug", connection.address)
-                self._send(connection, INTERNAL_ERROR)
-                self._hang_up(connection)
+                self._reply(connection, INTERNAL_ERROR)
 
     def _advance(self, connection: Connection) -> None:
         """Answer a request that is whole; refuse early what will be refused anyway."""
@@ -2369,40 +2588,41 @@ class Server(http.server.ThreadingHTTPServer):
                     self._see_through_proxy(connection, request.fields["x-forwarded-for"])
                 connection.route = self._find_route(request, connection.address)
             if connection.is_complete:
-                self._leave_room(connection)
+                self._leave_queue(connection)
                 self._answer(connection)
                 return
             if connection.awaits_continue:
                 connection.awaits_continue = False
-                self._send(connection, CONTINUE)
+                with contextlib.suppress(OSError):
+                    connection.sock.send(CONTINUE)
         self._wait(connection)
 
-    def _wait(self, connection: Connection) -> None:
-        """Let a connection wait for more bytes, in the room for its kind."""
-        if connection.room is None:
+    def _wait(self, connection: Connection, events: int = READ) -> None:
+        """Let a connection wait for more bytes, or for room, in the queue for its kind."""
+        if connection.queue is None:
             address = connection.address
             if self.config.trigger_allow.allows(address):
-                room = self._rooms.trigger
+                queue = self._queues.trigger
             elif self.config.crmws_allow.allows(address):
-                room = self._rooms.browser
+                queue = self._queues.browser
             else:
-                room = self._rooms.nobody
-            self._enter_room(connection, room)
+                queue = self._queues.nobody
+            self._enter_queue(connection, queue, events)
 
-    def _enter_room(self, connection: Connection, room: Room) -> None:
-        if len(room) >= room.size:
-            self._hang_up(next(iter(room)))
-        connection.room = room
-        connection.deadline = time.monotonic() + room.timeout
-        room[connection] = None
-        read = partial(self._read, connection)
-        self._selector.register(connection.sock, selectors.EVENT_READ, read)
+    def _enter_queue(
+        self, connection: Connection, queue: DeadlineQueue[Connection], events: int = READ
+    ) -> None:
+        if len(queue) >= queue.size:
+            self._hang_up(queue.first())
+        connection.queue = queue
+        queue.add(connection, time.monotonic())
+        self.loop.watch(connection.sock, events, connection)
 
-    def _leave_room(self, connection: Connection) -> None:
-        if connection.room is not None:
-            self._selector.unregister(connection.sock)
-            del connection.room[connection]
-            connection.room = None
+    def _leave_queue(self, connection: Connection) -> None:
+        if connection.queue is not None:
+            self.loop.forget(connection.sock)
+            connection.queue.discard(connection)
+            connection.queue = None
 
     def _see_through_proxy(self, connection: Connection, forwarded: str) -> None:
         """Find out who is behind a trusted proxy; warn once of one that should be trusted."""
@@ -2423,45 +2643,53 @@ class Server(http.server.ThreadingHTTPServer):
         if route is None:
             reason = f"{quote(request.path)} is not here; known are {', '.join(self._routes)}"
             raise RequestError(HTTPStatus.NOT_FOUND, reason)
-        if request.method != route.method:
-            reason = f"{request.path} takes {route.method} only"
-            raise RequestError(HTTPStatus.METHOD_NOT_ALLOWED, reason, Allow=route.method)
-        if not getattr(self.config, route.access_list).allows(address):
-            reason = f"{address} is not in {route.access_list.upper()}"
-            raise RequestError(HTTPStatus.FORBIDDEN, reason)
+        if request.method not in route.methods:
+            allowed = ", ".join(route.methods)
+            reason = f"{request.path} takes {allowed} only"
+            raise RequestError(HTTPStatus.METHOD_NOT_ALLOWED, reason, Allow=allowed)
+        check_address(self.config, route.access_list, address)
         return route
 
     def _answer(self, connection: Connection) -> None:
-        """Answer a whole request, here or, if that may take a while, in a thread."""
+        """Answer a whole request, here or, if that may take a while, by a request thread."""
         assert connection.route is not None
-        if connection.route.is_slow:
-            if not self._free_threads.acquire(blocking=False):
-                raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "busy", Retry_After="1")
-            self.process_request(connection, connection.address)  # type: ignore[arg-type]
+        if not connection.route.is_slow:
+            response = RequestHandler(connection, self).respond()
+            if response is not None:
+                self._reply(connection, response)
             return
-        response = RequestHandler(connection, self).respond()
-        if response is not None:
-            self._send(connection, response)
-            self._hang_up(connection)
-
-    # ThreadingMixIn's process_request() runs this in a thread of its own.
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer a whole request, waiting for the disk and the peer."""
-        connection: Connection = request
+        busy = RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "busy", Retry_After="1")
+        if not self._free_threads.acquire(blocking=False):
+            raise busy
         try:
-            connection.sock.settimeout(REQUEST_TIMEOUT)
-            connection.sock.sendall(RequestHandler(connection, self).respond() or b"")
-        except RequestError as error:
-            self.refusals.add(connection.address, error)
-            with contextlib.suppress(OSError):
-                connection.sock.sendall(serialize_refusal(error))
-        except OSError as error:
-            log.info("%s left before its answer was sent: %s", client_address, error)
-        except Exception:
-            log.exception("a request from %s met a bug", client_address)
-        finally:
-            connection.sock.close()
+            self.process_request(connection.sock, connection)
+        except RuntimeError:  # no thread can be started
             self._free_threads.release()
+            raise busy from None
+
+    # What ThreadingMixIn's request threads call; `client_address` is the Connection.
+
+    def finish_request(self, request: object, client_address: Any) -> None:
+        """Work out the answer to a whole request, and have it sent."""
+        connection: Connection = client_address
+        try:
+            response = RequestHandler(connection, self).respond()
+        except RequestError as error:
+            self.loop.call_soon(partial(self._refuse, connection, error))
+        else:
+            self.loop.call_soon(partial(self._reply, connection, response or b""))
+
+    def handle_error(self, request: object, client_address: Any) -> None:
+        """Log a bug, and say so."""
+        connection: Connection = client_address
+        log.exception("a request from %s met a bug", connection.address)
+        self.loop.call_soon(partial(self._reply, connection, INTERNAL_ERROR))
+
+    def shutdown_request(self, request: object) -> None:
+        """Let another request have the thread's place; the connection is not closed here."""
+        self._free_threads.release()
+
+    # Answers.
 
     def _refuse(self, connection: Connection, error: RequestError) -> None:
         """Answer with an error; a peer that is still sending gets time to read it."""
@@ -2470,28 +2698,44 @@ class Server(http.server.ThreadingHTTPServer):
         if path == "/crmws" or error.status is HTTPStatus.NOT_FOUND:
             # A page can't see why its handshake was refused, but may ask for the same by fetch().
             error.fields["Access-Control-Allow-Origin"] = "*"
-        self._send(connection, serialize_refusal(error))
-        self._leave_room(connection)
-        if connection.is_complete:
-            self._hang_up(connection)
-            return
-        # Closing with bytes unread would reset the connection, and the answer be lost.
-        with contextlib.suppress(OSError):
-            connection.sock.shutdown(socket.SHUT_WR)
-        self._enter_room(connection, self._rooms.draining)
+        self._reply(connection, serialize_refusal(error))
 
-    def conclude(self, connection: Connection) -> None:
+    def _reply(self, connection: Connection, response: bytes) -> None:
+        """Send an answer, which is the last thing that a connection gets."""
+        request = connection.request
+        if request is not None and request.method == "HEAD":
+            response = response[: response.index(HEAD_END) + len(HEAD_END)]
+        connection.answer = response
+        self._leave_queue(connection)
+        self._write(connection)
+
+    def _write(self, connection: Connection) -> None:
+        """Send what a peer takes of its answer; hang up when that was all."""
+        try:
+            connection.answer = connection.answer[connection.sock.send(connection.answer) :]
+        except WOULD_BLOCK:
+            pass
+        except OSError:
+            connection.answer = b""
+        if connection.answer:
+            self._wait(connection, WRITE)
+        elif connection.is_complete:
+            self._hang_up(connection)
+        else:
+            # Closing with bytes unread would reset the connection, and the answer be lost.
+            with contextlib.suppress(OSError):
+                connection.sock.shutdown(socket.SHUT_WR)
+            self._leave_queue(connection)
+            self._enter_queue(connection, self._queues.draining)
+
+    def answer_trigger(self, connection: Connection) -> None:
         """Answer a trigger. Any thread: nothing else knows its connection any more."""
-        self._send(connection, serialize_response(HTTPStatus.OK, "OK"))
+        with contextlib.suppress(OSError):
+            connection.sock.send(serialize_response(HTTPStatus.OK, "OK"))
         connection.sock.close()
 
-    def _send(self, connection: Connection, data: bytes) -> None:
-        """Send what fits any socket's buffer to a peer that may be gone."""
-        with contextlib.suppress(OSError):
-            connection.sock.send(data)
-
     def _hang_up(self, connection: Connection) -> None:
-        self._leave_room(connection)
+        self._leave_queue(connection)
         connection.sock.close()
 
 
@@ -2519,8 +2763,9 @@ class RequestHandler:
             self.check_token(pairs)
             raise
         self.check_token(pairs)
-        answer = partial(self.server.conclude, self.connection)
-        self.server.hub.broadcast(check_parameters(pairs), str(self.connection.address), answer)
+        answer = partial(self.server.answer_trigger, self.connection)
+        source = str(self.connection.address)
+        self.server.hub.stream.publish(check_parameters(pairs), source, answer)
 
     def check_site(self) -> None:
         """Refuse what a foreign page had a browser send: its address may be in the list."""
@@ -2533,7 +2778,7 @@ class RequestHandler:
 
     def check_token(self, pairs: Iterable[tuple[str, object]]) -> None:
         """Refuse a trigger without the right token, in constant time."""
-        given = [str(value) for name, value in pairs if name == "token"]
+        given = [str(value) for name, value in pairs if name == "token" and is_text(value)]
         scheme, _, bearer = self.request.fields.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             given.append(bearer.strip())
@@ -2544,59 +2789,41 @@ class RequestHandler:
     def handle_upgrade(self) -> None:
         """Hand a browser over to the Hub: GET /crmws."""
         connection, hub = self.connection, self.server.hub
-        # First what a page may learn by a plain GET, when its handshake was refused.
-        self.check_page()
-        extens, since = parse_subscription(self.request.query)
+        fields = self.request.fields
+        offered = [each.strip() for each in fields.get("sec-websocket-protocol", "").split(",")]
+        offered = [each for each in offered if each]
+        # First what a page may learn by a plain GET, when its handshake was refused. It may give
+        # its token as a subprotocol.
+        given = [str(value) for name, value in parse_form(self.request.query) if name == "token"]
+        visitor = Visitor(connection.address, fields.get("origin"), (*given, *offered))
+        check_visitor(self.server.config, visitor)
+        extens, since, recovers = parse_subscription(self.request.query)
         if hub.count() >= hub.max_browsers:
             raise no_room(hub)
         if self.request.minor == 0:
             raise upgrade_required("WebSocket needs HTTP/1.1, also from a proxy on the way")
-        accept = check_handshake(self.request.fields)
+        accept = check_handshake(fields)
         if self.request.content_length:
             raise bad_request("a handshake has no body")
         greeting = f"{SWITCHING_PROTOCOLS}Sec-WebSocket-Accept: {accept}\r\n"
-        offered = self.subprotocols()
         if offered:
             # A browser gives up unless one of those that it offered is chosen.
             chosen = SUBPROTOCOL if SUBPROTOCOL in offered else offered[0]
             greeting += f"Sec-WebSocket-Protocol: {chosen}\r\n"
-        subscriber = Subscriber(
-            connection.sock, connection.address, extens, since, connection.rest
-        )
-        if not hub.subscribe(subscriber, f"{greeting}\r\n".encode("latin-1")):
+        browser = Browser(connection.sock, visitor, extens, since, recovers, connection.rest)
+        if not hub.subscribe(browser, f"{greeting}\r\n".encode("latin-1")):
             raise no_room(hub)
-
-    def subprotocols(self) -> list[str]:
-        """Return the subprotocols that a browser offers: a page may give its token as one."""
-        field = self.request.fields.get("sec-websocket-protocol")
-        if field is None:
-            return []
-        return [each.strip() for each in field.split(",") if each.strip()]
-
-    def check_page(self) -> None:
-        """Refuse a browser by its page's origin, 403, or its token, 401."""
-        config, origin = self.server.config, self.request.fields.get("origin")
-        if not config.crmws_origins.allow(origin):
-            entry = plain_origin(origin or "")
-            reason = f"origin {quote(entry)} is not in CRMWS_ORIGINS"
-            raise RequestError(HTTPStatus.FORBIDDEN, reason)
-        if config.crmws_token is not None:
-            given = [
-                str(value) for name, value in parse_form(self.request.query) if name == "token"
-            ]
-            given += self.subprotocols()
-            if not is_given(config.crmws_token, given):
-                raise RequestError(HTTPStatus.UNAUTHORIZED, "token is not CRMWS_TOKEN")
 
     def handle_health(self) -> bytes:
         """Say whether calls get through: GET /healthz."""
-        if not self.server.hub.is_turning(HEALTH_TIMEOUT):
-            reason = f"the hub has not turned for {HEALTH_TIMEOUT:.0f} s"
+        hub, stalled = self.server.hub, self.server.supervisor.stalled(HEALTH_TIMEOUT)
+        if stalled:
+            reason = f"no sign of life from the thread {' and '.join(stalled)}"
             raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, reason)
-        text = f"OK\n{self.server.hub.count()} browsers\n"
-        relay = self.server.hub.relay_status()
-        if relay is not None:
-            text += f"Redis {relay.state.value}: {relay.reason}\n"
+        text = f"OK\n{hub.count()} browsers\n"
+        redis = hub.stream.status()
+        if redis is not None:
+            text += f"Redis {redis.state.value}: {redis.reason}\n"
         return serialize_response(HTTPStatus.OK, text)
 
     def handle_metrics(self) -> bytes:
@@ -2639,12 +2866,6 @@ def no_room(hub: Hub) -> RequestError:
     return RequestError(HTTPStatus.SERVICE_UNAVAILABLE, reason, Retry_After="30")
 
 
-def is_given(token: str, given: Iterable[str]) -> bool:
-    """Tell whether a secret is among what was given, in constant time each."""
-    secret = token.encode()
-    return any(hmac.compare_digest(each.encode("utf-8", "replace"), secret) for each in given)
-
-
 def metrics_lines(hub: Hub, refusals: RefusalLog) -> Iterator[str]:
     """Yield the metrics in Prometheus's text format."""
 
@@ -2677,15 +2898,15 @@ def metrics_lines(hub: Hub, refusals: RefusalLog) -> Iterator[str]:
     yield from metric("refused_requests_total", "counter", "Requests refused.", *refused)
     text = "From a trigger to the last browser's send."
     yield from metric("delivery_seconds", "histogram", text, *buckets)
-    relay = hub.relay_status()
-    if relay is not None:
-        states = [(f'{{state="{each.value}"}}', float(each is relay.state)) for each in RelayState]
+    redis = hub.stream.status()
+    if redis is not None:
+        states = [(f'{{state="{each.value}"}}', float(each is redis.state)) for each in RedisState]
         yield from metric("redis", "gauge", "How Redis is: 1 for what holds.", *states)
         text = "Calls triggered here that are not in the stream yet."
-        yield from metric("redis_waiting_calls", "gauge", text, ("", relay.waiting))
-        yield from metric("redis_lag_seconds", "gauge", "For how long.", ("", relay.lag))
+        yield from metric("redis_waiting_calls", "gauge", text, ("", redis.waiting))
+        yield from metric("redis_lag_seconds", "gauge", "For how long.", ("", redis.lag))
         yield from metric(
-            "redis_lost_calls_total", "counter", "Never got there.", ("", relay.lost)
+            "redis_lost_calls_total", "counter", "Never got there.", ("", redis.lost)
         )
 
 
@@ -2697,24 +2918,23 @@ def uptime() -> float:
     return round(time.monotonic() - START, 3)
 
 
-def parse_subscription(query: bytes) -> tuple[frozenset[str], CallID | str | None]:
-    """Return the extensions that a browser asks for, and from where it recovers."""
-    if not query:
-        return NO_EXTENS, None
+def parse_subscription(query: bytes) -> tuple[frozenset[str], CallID | None, bool]:
+    """Return the extensions that a browser asks for, its position, and whether it recovers."""
     extens: set[str] = set()
-    since: CallID | str | None = None
+    since, recovers = None, False
     for name, value in parse_form(query):
         text = str(value)
         if name == "exten":
             extens |= split_extens(text)
         elif name == "since":
+            recovers = True
             try:
-                since = parse_id(text) if text else ""
+                since = parse_id(text) if text else None
             except ValueError as error:
                 raise bad_request(f"since: {error}") from None
     if len(extens) > MAX_EXTENS or any(len(each) > MAX_NAME for each in extens):
         raise bad_request(f"more than {MAX_EXTENS} extensions, or of over {MAX_NAME} characters")
-    return frozenset(extens) if extens else NO_EXTENS, since
+    return frozenset(map(sys.intern, extens)) if extens else NO_EXTENS, since, recovers
 
 
 def status_page_policy(page: str) -> str:
@@ -2734,19 +2954,20 @@ def status_page_policy(page: str) -> str:
 class Route(NamedTuple):
     """Who may ask for a path how, and what answers."""
 
-    method: str
+    methods: tuple[str, ...]
     access_list: str  # the field of Config
     handle: Callable[[RequestHandler], bytes | None]
     is_slow: bool = False  # answered in a thread
 
 
+READING = ("GET", "HEAD")
 ROUTES = {
-    "/api/trigger": Route("POST", "trigger_allow", RequestHandler.handle_trigger),
-    "/crmws": Route("GET", "crmws_allow", RequestHandler.handle_upgrade),
-    "/healthz": Route("GET", "trigger_allow", RequestHandler.handle_health, is_slow=True),
-    "/metrics": Route("GET", "trigger_allow", RequestHandler.handle_metrics),
-    "/": Route("GET", "crmws_allow", RequestHandler.handle_status_page, is_slow=True),
-    f"/{SCRIPT_NAME}": Route("GET", "crmws_allow", RequestHandler.handle_script, is_slow=True),
+    "/api/trigger": Route(("POST",), "trigger_allow", RequestHandler.handle_trigger),
+    "/crmws": Route(("GET",), "crmws_allow", RequestHandler.handle_upgrade),
+    "/healthz": Route(READING, "trigger_allow", RequestHandler.handle_health, is_slow=True),
+    "/metrics": Route(READING, "trigger_allow", RequestHandler.handle_metrics),
+    "/": Route(READING, "crmws_allow", RequestHandler.handle_status_page),
+    f"/{SCRIPT_NAME}": Route(READING, "crmws_allow", RequestHandler.handle_script, is_slow=True),
 }
 
 STATUS_PAGE = r"""<!doctype html>
@@ -2853,7 +3074,7 @@ STATUS_PAGE = r"""<!doctype html>
 """
 
 
-# --- 6. TLS ------------------------------------------------------------------------------------
+# --- 7. TLS ------------------------------------------------------------------------------------
 
 
 def make_tls_context(cert_file: Path, key_file: Path) -> ssl.SSLContext:
@@ -2865,6 +3086,7 @@ def make_tls_context(cert_file: Path, key_file: Path) -> ssl.SSLContext:
             raise ConfigError(f"{name}: cannot read {path}: {error.strerror}") from None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION  # else a send may have to wait for a read
     try:
         context.load_cert_chain(cert_file, key_file, password=lambda: "")
     except ssl.SSLError as error:
@@ -2912,6 +3134,25 @@ def der_values(data: bytes) -> list[tuple[int, bytes]]:
     return values
 
 
+TLS_HANDSHAKE = b"\x16"  # the first byte of a TLS connection (RFC 8446 section 5.1)
+
+
+def begin_tls(connection: Connection, context: ssl.SSLContext | None) -> None:
+    """Begin a TLS handshake; raises RequestError when the peer does not, one of WOULD_BLOCK."""
+    first = connection.sock.recv(1, socket.MSG_PEEK)
+    if not first:
+        raise ConnectionAbortedError
+    connection.awaits_hello = False
+    if first != TLS_HANDSHAKE or context is None:
+        raise bad_request(
+            "plain http on the https port: the address begins with https:// or wss://"
+        )
+    connection.sock = context.wrap_socket(
+        connection.sock, server_side=True, do_handshake_on_connect=False
+    )
+    connection.is_shaking_hands = True
+
+
 def shake_hands(connection: Connection) -> None:
     """Do what can be done of a TLS handshake now; raises one of WOULD_BLOCK, or SSLError."""
     assert isinstance(connection.sock, ssl.SSLSocket)
@@ -2922,7 +3163,6 @@ def shake_hands(connection: Connection) -> None:
 def tls_refusal(error: ssl.SSLError) -> RequestError:
     """Return what the log says of a failed TLS handshake; no answer can be sent."""
     reasons = {
-        "HTTP_REQUEST": "speaks http on the https port",
         "TLSV1_ALERT_UNKNOWN_CA": "does not trust our certificate",
         "SSLV3_ALERT_CERTIFICATE_UNKNOWN": "does not trust our certificate",
         "SSLV3_ALERT_BAD_CERTIFICATE": "does not trust our certificate",
@@ -2932,231 +3172,171 @@ def tls_refusal(error: ssl.SSLError) -> RequestError:
     return RequestError(HTTPStatus.BAD_REQUEST, f"TLS: {reasons.get(reason, reason)}")
 
 
-# --- 7. Redis ----------------------------------------------------------------------------------
+# --- 8. Redis ----------------------------------------------------------------------------------
 #
-# Several daemons ("nodes") act as one: each call goes into a Redis stream, and every node delivers
-# what it reads from there, its own calls too. The IDs are the stream's, and so is the order.
+# Several daemons ("nodes") act as one: each call goes into a Redis stream, and every node puts
+# into its log what it reads from there, its own calls too. An ID is a position in that stream.
 #
-# A call that has not come back through the stream within REDIS_PATIENCE is delivered here at once,
-# under an ID of our own, and goes into the stream when it can. What a browser has heard is then no
-# longer "all up to an ID": its node's calls came early. So an own ID says exactly what was heard:
-#
-#     1763870009123-1 1763870000000 0000000000 73550214 000000042      (without the blanks)
-#     now             the stream's ID up to here  node  and its calls up to this number
-#
-# That is all that since= needs, on any node, whether or not that one has heard of those calls:
-#
-# 1. A node's calls are numbered as they come, delivered in that order, and stand in the stream in
-#    that order (one batch at a time, all or nothing, sent again from the first that did not come
-#    back). Every entry carries node and number, its mark. A repeated entry has a number that was
-#    there before, and is passed over by everybody: who has heard "up to number n" has heard these.
-# 2. A Cursor is a stream position and such marks. It has heard a call when the call's position is
-#    not behind its own or its mark is covered. Each call delivered gives the browser's next cursor
-#    (Cursor.after), whose ID goes out with the call: so the last ID that a browser got is true.
-# 3. All who are here share the node's cursor. Who comes with since= gets what its own cursor has
-#    not heard: from the history, which is in the stream's order, and then our calls that are not
-#    in the stream yet. If it has heard more or other calls than the rest, it is a traveller: asked
-#    call by call, under IDs of its own, until its cursor is the node's.
-# 4. IDs strictly increase: an ID's milliseconds never go back, and are stepped up where the rest
-#    would. As soon as all marks are in the stream and it has passed the last ID, the IDs are the
-#    stream's again. A node's own clock is compared with nothing: if wrong, it makes IDs longer.
-#    Redis's clock, which its IDs are made of, tells how far back the history goes.
+# 1. A call gets a key at its trigger. Its entry in the stream carries it, and its message does.
+# 2. A node delivers what it reads, in the stream's order and under the stream's ID. An entry whose
+#    key was there before is passed over.
+# 3. A call that has not come back within REDIS_PATIENCE, or while Redis is not up, is delivered
+#    here at once: early, under the ID of the last call that was read, so it moves nobody. When it
+#    comes back it goes into the log for those who come back later.
+# 4. Calls that do not come back are written again, until they are as old as the history.
+# 5. Nothing is missed: a position says what its node had read, and that node's browsers had its
+#    early calls. Some may come again, around an outage: a browser drops a key that it has had.
+# 6. An entry says when its call was triggered, by Redis's clock; ours is compared with nothing.
 #
 # Lost to the other nodes are the calls of a node that dies before Redis is back, and those that
 # wait for longer than HISTORY. If Redis itself forgot entries (no appendonly), its stream is
-# pushed on to where we were, so that no ID comes twice.
+# pushed on to where we were, so that IDs never go back. A stream begins with an entry that is no
+# call: it says how far back the history goes.
+#
+# Two threads, each with a link to Redis of its own, wait for it: one reads, one writes.
+
+MARKER = ("resumed", 1)  # the fields of an entry that is no call
+KEY_PATTERN = re.compile(r"[!-~]{1,64}")
 
 
-class RESP:
-    """Redis's protocol, version 2, as a client without I/O: bytes in, replies out.
+def read_reply(stream: BinaryIO, depth: int = 0) -> Any:
+    """Read one reply in Redis's protocol, version 2.
 
-    A reply is bytes, str (a status), int, None, a list of replies, or a RedisError. Chunks may be
-    cut anywhere; what Redis would never send raises RedisError.
+    It is bytes, str (a status), int, None, a list of replies, or a RedisError. What Redis would
+    never send raises ReplyError, the end of the stream ConnectionError.
     """
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-        self._bulk: int | None = None  # bytes of the string that is arriving
-        self._arrays: list[tuple[int, list[Any]]] = []  # those arriving, the innermost last
-        self._replies: list[Any] = []
-
-    def receive_data(self, data: bytes) -> None:
-        """Take in bytes from Redis, in chunks of any size."""
-        self._buffer += data
-        start = 0
-        while True:
-            if self._bulk is None:
-                end = self._buffer.find(b"\r\n", start)
-                if (len(self._buffer) if end < 0 else end) - start > MAX_LINE:
-                    raise RedisError("a line that does not end")
-                if end < 0:
-                    break
-                self._receive_line(bytes(self._buffer[start:end]))
-                start = end + 2
-            else:
-                end = start + self._bulk
-                if len(self._buffer) < end + 2:
-                    break
-                self._add(bytes(self._buffer[start:end]))
-                self._bulk = None
-                start = end + 2
-        del self._buffer[:start]
-
-    def replies_received(self) -> list[Any]:
-        """Return what has arrived since the last call, in order."""
-        replies, self._replies = self._replies, []
-        return replies
-
-    def _receive_line(self, line: bytes) -> None:
-        kind, text = line[:1], line[1:]
-        if kind in (b"+", b"-"):
-            message = text.decode("utf-8", "replace")
-            self._add(message if kind == b"+" else RedisError(message))
-            return
-        if kind not in (b":", b"$", b"*") or not re.fullmatch(rb"-?[0-9]{1,19}", text):
-            raise RedisError(f"{quote(line.decode('latin-1'))} is not Redis's protocol")
-        number = int(text)
-        if kind == b":":
-            self._add(number)
-        elif number < 0:
-            self._add(None)
-        elif number > (MAX_BULK if kind == b"$" else MAX_ELEMENTS):
-            raise RedisError(f"a reply with {number} bytes or parts: no call is so long")
-        elif kind == b"$":
-            self._bulk = number
-        elif number == 0:
-            self._add([])
-        elif len(self._arrays) == MAX_DEPTH:
-            raise RedisError("a reply that is nested too deep")
-        else:
-            self._arrays.append((number, []))
-
-    def _add(self, value: Any) -> None:
-        while self._arrays:
-            size, array = self._arrays[-1]
-            array.append(value)
-            if len(array) < size:
-                return
-            self._arrays.pop()
-            value = array
-        self._replies.append(value)
+    line = stream.readline(MAX_LINE)
+    kind, text = line[:1], line[1:-2]
+    if not line.endswith(b"\r\n"):
+        raise ReplyError("a line that does not end") if line else ConnectionError("it hung up")
+    if kind in (b"+", b"-"):
+        message = text.decode("utf-8", "replace")
+        return message if kind == b"+" else RedisError(message)
+    if kind not in (b":", b"$", b"*") or not re.fullmatch(rb"-?[0-9]{1,19}", text):
+        raise ReplyError(f"{quote(line.decode('latin-1'))} is not Redis's protocol")
+    number = int(text)
+    if kind == b":":
+        return number
+    if number < 0:
+        return None
+    if number > (MAX_BULK if kind == b"$" else MAX_ELEMENTS) or depth == MAX_DEPTH:
+        raise ReplyError(
+            f"a reply of {number} bytes or parts, or nested too deep: that is no call"
+        )
+    if kind == b"*":
+        return [read_reply(stream, depth + 1) for _ in range(number)]
+    data = stream.read(number + 2)
+    if len(data) < number + 2:
+        raise ConnectionError("it hung up")
+    return data[:-2]
 
 
 def serialize_command(*words: object) -> bytes:
     """Return a command for Redis."""
-    encoded = [each if isinstance(each, bytes) else str(each).encode() for each in words]
+    encoded = [str(each).encode() for each in words]
     parts = [b"$%d\r\n%b\r\n" % (len(each), each) for each in encoded]
     return b"*%d\r\n" % len(parts) + b"".join(parts)
 
 
-def check_replies(replies: Iterable[Any]) -> None:
-    """Raise the first error among replies, or in the list that EXEC returns."""
-    for reply in replies:
-        if isinstance(reply, RedisError):
-            raise reply
-        if isinstance(reply, list):
-            check_replies(each for each in reply if isinstance(each, RedisError))
+class Link:
+    """A connection to Redis. Belongs to one thread, which waits for replies."""
+
+    def __init__(self, url: RedisURL) -> None:
+        with contextlib.ExitStack() as stack:
+            self._sock = connect(url)
+            stack.callback(self.close)
+            self._replies = self._sock.makefile("rb")
+            if url.login:
+                try:
+                    self.ask(("AUTH", *url.login))
+                except RedisError as error:
+                    # A command that it does not know is repeated with its words.
+                    raise RedisError(str(error).partition(", with args")[0]) from None
+            if url.database:
+                self.ask(("SELECT", url.database))
+            with contextlib.suppress(RedisError):  # for CLIENT LIST; may be forbidden
+                self.ask(("CLIENT", "SETNAME", "popup-notifier"))
+            stack.pop_all()
+
+    def close(self) -> None:
+        """Hang up."""
+        self._sock.close()
+
+    def send(self, *commands: tuple[object, ...]) -> None:
+        """Send commands; receive() gives their replies."""
+        self._sock.settimeout(REDIS_TIMEOUT)
+        self._sock.sendall(b"".join([serialize_command(*each) for each in commands]))
+
+    def answers_within(self, seconds: float) -> bool:
+        """Wait so long for the first reply to what was sent; tell whether it has begun to come."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+
+    def receive(self, count: int, patience: float = 0.0) -> list[Any]:
+        """Return so many replies, `patience` and REDIS_TIMEOUT seconds for each part of them.
+
+        Raises the first error among them.
+        """
+        self._sock.settimeout(patience + REDIS_TIMEOUT)
+        replies = [read_reply(self._replies) for _ in range(count)]
+        for reply in replies:
+            if isinstance(reply, RedisError):
+                raise reply
+        return replies
+
+    def ask(self, *commands: tuple[object, ...], patience: float = 0.0) -> list[Any]:
+        """Send commands and return their replies."""
+        self.send(*commands)
+        return self.receive(len(commands), patience)
 
 
-class Mark(NamedTuple):
-    """Names a call by the daemon that was triggered."""
-
-    node: int  # the daemon, by a number of its own
-    number: int  # of the call: the daemon counts them
-
-
-class Cursor(NamedTuple):
-    """What a browser has heard: the stream up to `position`, and early calls by their marks."""
-
-    id: CallID  # of the last call
-    position: CallID
-    marks: tuple[Mark, ...] = ()
-
-    @classmethod
-    def of(cls, call_id: CallID) -> Cursor:
-        """Return the cursor that an ID says."""
-        digits = str(call_id.sequence)
-        if len(digits) < 24:  # Redis's own have 20 at most
-            return cls(call_id, call_id)
-        position = CallID(int(digits[1:14]), int(digits[14:24]))
-        marks = re.findall("(.{8})(.{9})", digits[24:])
-        return cls(call_id, position, tuple(Mark(int(a), int(b)) for a, b in marks))
-
-    def has(self, call: Call) -> bool:
-        """Tell whether a call was heard."""
-        if call.position is not None and call.position <= self.position:
-            return True
-        return call.mark is not None and self._covers(call.mark)
-
-    def after(self, call: Call) -> Cursor:
-        """Return the cursor of a browser that has now heard a call too, or had before."""
-        return self.moved(call.position, call.mark)
-
-    def moved(self, position: CallID | None, mark: Mark | None) -> Cursor:
-        """Return the cursor behind an entry of the stream, or a call that is not there yet."""
-        marks, milliseconds = self.marks, self.id.milliseconds
-        if mark is not None and position is None:
-            marks = (*(each for each in marks if each.node != mark.node), mark)[-MAX_MARKS:]
-            milliseconds = max(milliseconds, int(time.time() * 1000))
-        elif mark is not None:
-            marks = tuple(
-                each for each in marks if each.node != mark.node or each.number > mark.number
-            )
-        position = max(position or self.position, self.position)
-        if (position, marks) == (self.position, self.marks):
-            return self
-        if not marks and position > self.id:
-            return Cursor(position, position)
-        digits = f"1{position.milliseconds:013}{position.sequence:010}"
-        digits += "".join([f"{each.node:08}{each.number:09}" for each in marks])
-        call_id = CallID(max(milliseconds, position.milliseconds), int(digits))
-        if call_id <= self.id:
-            call_id = CallID(self.id.milliseconds + 1, call_id.sequence)
-        return Cursor(call_id, position, marks)
-
-    def agrees_with(self, other: Cursor) -> bool:
-        """Tell whether both have heard the same, and the other's next ID is a later one, too."""
-        same = self.position == other.position and set(self.marks) == set(other.marks)
-        return same and self.id <= other.id
-
-    def _covers(self, mark: Mark) -> bool:
-        return any(each.node == mark.node and each.number >= mark.number for each in self.marks)
+def connect(url: RedisURL) -> socket.socket:
+    """Return a socket that leads to Redis."""
+    if isinstance(url.address, str):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(REDIS_TIMEOUT)
+        with contextlib.ExitStack() as stack:
+            stack.callback(sock.close)
+            sock.connect(url.address)
+            stack.pop_all()
+        return sock
+    sock = socket.create_connection(url.address, REDIS_TIMEOUT)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+    if url.is_tls:
+        return ssl.create_default_context().wrap_socket(sock, server_hostname=url.address[0])
+    return sock
 
 
-class Pending:
-    """A call of this node that has not come back through the stream yet."""
+@contextlib.contextmanager
+def expecting(what: str) -> Iterator[None]:
+    """Raise ReplyError for a reply that has not the form of what was asked for."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ReplyError(f"{what} in another form than Redis's: {error}") from None
 
-    __slots__ = ("answer", "call", "mark", "parameters", "sent", "source", "time")
 
-    def __init__(
-        self,
-        mark: Mark,
-        parameters: Mapping[str, str],
-        source: str,
-        answer: Callable[[], None],
-    ) -> None:
-        self.mark = mark
-        self.parameters = parameters
-        self.source = source
-        self.answer = answer
-        self.time = time.monotonic()
-        self.call: Call | None = None  # once delivered early; until then SharedHub._waiting has it
-        self.sent = math.inf  # when it was last; it may be in the stream since
+def parse_time(reply: Any) -> int:
+    """Return the milliseconds since 1970 that TIME says."""
+    with expecting("TIME"):
+        return int(reply[0]) * 1000 + int(reply[1]) // 1000
 
-    def fields(self) -> tuple[object, ...]:
-        """Return its entry in the stream."""
-        age = int((time.monotonic() - self.time) * 1000)
-        text = json.dumps(self.parameters, ensure_ascii=False, separators=(",", ":"))
-        call = ("source", self.source, "parameters", text)
-        return ("node", self.mark.node, "number", self.mark.number, "age", age, *call)
+
+def parse_bounds(newest: Any, oldest: Any) -> tuple[CallID, CallID] | None:
+    """Return the first and the last ID of a stream, None when it is empty."""
+    if not newest or not oldest:
+        return None
+    with expecting("a stream"):
+        return parse_id(oldest[0][1][0][0].decode()), parse_id(newest[0][0].decode())
 
 
 class Entry(NamedTuple):
-    """What stands in the stream."""
+    """A call in the stream."""
 
     position: CallID
-    mark: Mark
-    age: float  # seconds between trigger and stream
+    key: str
+    time: int  # of its trigger: Redis's milliseconds
     source: str
     parameters: dict[str, str]
 
@@ -3165,678 +3345,465 @@ def parse_entry(position: CallID, words: list[bytes]) -> Entry:
     """Return an entry of the stream; raises ValueError when it is not one of ours."""
     named = dict(zip(words[::2], words[1::2]))
     try:
-        mark = Mark(int(named[b"node"]), int(named[b"number"]))
-        age, source = int(named[b"age"]) / 1000, named[b"source"].decode("ascii")
+        key, source = (named[name].decode("ascii") for name in (b"key", b"source"))
+        milliseconds = int(named[b"time"])
         parameters = check_parameters(json.loads(named[b"parameters"]).items())
-    except (KeyError, AttributeError, RecursionError, OverflowError, RequestError) as error:
+    except (KeyError, AttributeError, RecursionError, RequestError) as error:
         raise ValueError(str(error)) from None
-    if not source.isprintable() or not 0 <= age < MAX_AGE:
-        raise ValueError("source or age is none of ours")
-    return Entry(position, mark, age, source, parameters)
+    if not KEY_PATTERN.fullmatch(key) or not source.isprintable():
+        raise ValueError("key or source is none of ours")
+    if not 0 <= milliseconds < MAX_TIME:
+        raise ValueError("time is none of ours")
+    return Entry(position, key, milliseconds, source, parameters)
 
 
-def renamed(call: Call, call_id: CallID) -> Call:
-    """Return a call under another ID, with its frame."""
-    # The ID stands in the message before anything that was sent to us.
-    payload = call.payload.replace(f'"id": "{call.id}"'.encode(), f'"id": "{call_id}"'.encode(), 1)
-    call = call._replace(id=call_id, payload=payload)
-    frame = call.replay_frame() if call.is_late else serialize_frame(Opcode.TEXT, payload)
-    return call._replace(frame=frame)
+def parse_stream(reply: Any) -> tuple[CallID, list[Entry]]:
+    """Return the last ID and our entries in the reply to XREAD for one stream."""
+    entries, strange = [], []
+    with expecting("a stream"):
+        ((_, items),) = reply
+        for name, words in items:
+            position = parse_id(name.decode())
+            try:
+                entries.append(parse_entry(position, words))
+            except ValueError as error:
+                if words[:1] != [MARKER[0].encode()]:
+                    strange.append(f"{position}: {error}")
+    if strange:
+        log.warning("%d stream entries are no calls, the first is %s", len(strange), strange[0])
+    return position, entries
 
 
-class RelayState(enum.Enum):
+class RedisState(enum.Enum):
     """How Redis is."""
 
     UP = "up"
-    SLOW = "slow"  # calls are delivered early until it has caught up
+    SLOW = "slow"  # calls are delivered early until one comes back in time
     AWAY = "away"
 
 
-class RelayStatus(NamedTuple):
+class RedisStatus(NamedTuple):
     """How Redis is, for /healthz and /metrics."""
 
-    state: RelayState
+    state: RedisState
     reason: str
     waiting: int  # calls of ours that are not in the stream
     lag: float  # seconds that the oldest of them has waited
     lost: int  # calls that will never be there
 
 
-# What a link can end with; the last four when somebody answers who is no Redis.
-LINK_ERRORS = (OSError, RedisError, ValueError, TypeError, LookupError, AttributeError)
+class Pending:
+    """A call of this node that has not come back through the stream yet."""
+
+    __slots__ = ("answer", "began", "call", "key", "parameters", "sent", "source")
+
+    def __init__(
+        self, key: str, parameters: Mapping[str, str], source: str, answer: Callable[[], None]
+    ) -> None:
+        self.key = key
+        self.parameters = parameters
+        self.source = source
+        self.answer = answer
+        self.began = time.monotonic()
+        self.call: Call | None = None  # once delivered early
+        self.sent = -math.inf  # when it was last written into the stream
 
 
-class Link:
-    """A connection to Redis. ask() waits; send() and receive() are for a socket that does not."""
+class RedisStream:
+    """The calls of all nodes: as LocalStream. Nobody who publishes waits for Redis."""
 
-    def __init__(self, url: RedisURL) -> None:
-        self._codec = RESP()
-        self._outgoing = b""
-        self.awaited = 0  # replies
-        self.deadline = math.inf  # for the next one, monotonic seconds
-        if isinstance(url.address, str):
-            self.sock = socket.socket(socket.AF_UNIX)
-            self.sock.settimeout(REDIS_TIMEOUT)
-        else:
-            self.sock = socket.create_connection(url.address, REDIS_TIMEOUT)
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        with contextlib.ExitStack() as stack:
-            stack.callback(self.close)
-            self._set_up(url)
-            stack.pop_all()
-
-    def close(self) -> None:
-        """Hang up."""
-        self.sock.close()
-
-    def _set_up(self, url: RedisURL) -> None:
-        if isinstance(url.address, str):
-            self.sock.connect(url.address)
-        elif url.is_tls:
-            context = ssl.create_default_context()
-            self.sock = context.wrap_socket(self.sock, server_hostname=url.address[0])
-        if url.login:
-            try:
-                self.ask(("AUTH", *url.login))
-            except RedisError as error:
-                # A command that it does not know is repeated with its words.
-                raise RedisError(str(error).partition(", with args")[0]) from None
-        if url.database:
-            self.ask(("SELECT", url.database))
-        with contextlib.suppress(RedisError):  # for CLIENT LIST; may be forbidden
-            self.ask(("CLIENT", "SETNAME", "popup-notifier"))
-
-    def ask(self, *commands: tuple[object, ...]) -> list[Any]:
-        """Send commands and wait for their replies; raises the first error among these."""
-        deadline = time.monotonic() + REDIS_TIMEOUT
-        self.sock.sendall(b"".join([serialize_command(*each) for each in commands]))
-        replies: list[Any] = []
-        while len(replies) < len(commands):
-            self.sock.settimeout(max(deadline - time.monotonic(), 0.001))
-            data = self.sock.recv(READ_SIZE)
-            if not data:
-                raise ConnectionError("it hung up")
-            self._codec.receive_data(data)
-            replies += self._codec.replies_received()
-        check_replies(replies)
-        return replies
-
-    def send(self, *commands: tuple[object, ...], patience: float = REDIS_TIMEOUT) -> None:
-        """Send commands, the answers to come within `patience` seconds."""
-        self._outgoing += b"".join([serialize_command(*each) for each in commands])
-        self.awaited += len(commands)
-        self.deadline = time.monotonic() + patience
-        self.flush()
-
-    def flush(self) -> bool:
-        """Send what the socket takes; tell whether that was all."""
-        with contextlib.suppress(*WOULD_BLOCK):
-            while self._outgoing:
-                self._outgoing = self._outgoing[self.sock.send(self._outgoing) :]
-        return not self._outgoing
-
-    def receive(self) -> list[Any]:
-        """Return the replies that are there; raises an error among them."""
-        with contextlib.suppress(*WOULD_BLOCK):
-            while True:
-                data = self.sock.recv(READ_SIZE)
-                if not data:
-                    raise ConnectionError("it hung up")
-                self._codec.receive_data(data)
-        replies = self._codec.replies_received()
-        check_replies(replies)
-        self.awaited -= len(replies)
-        if not self.awaited:
-            self.deadline = math.inf
-        return replies
-
-
-class Relay:
-    """Carries calls between the SharedHub and Redis, in two threads of its own.
-
-    One sets up the links, which may wait for a name server or a firewall. The other one has them
-    from then on and never waits for Redis alone: calls are delivered early in time.
-    """
-
-    def __init__(self, url: RedisURL, hub: SharedHub) -> None:
-        self.state = RelayState.AWAY
-        self._reason = f"connecting to {url}"
-        self._lost = self._reported = 0  # calls that waited for too long
+    def __init__(self, url: RedisURL, seconds: float) -> None:
+        self.log = Log(seconds, NOWHERE)
         self._url = url
-        self._hub = hub
-        self._waker = Waker()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._waker, selectors.EVENT_READ, self._waker.drain)
-        self._position = CallID(0, 0)  # the stream was read up to here
-        self._new_links: collections.deque[tuple[Link, Link]] = collections.deque()
-        self._links: tuple[Link, Link] | None = None  # one writes, one reads
-        self._has_tried = threading.Event()
-        self._is_lost = threading.Event()  # the links are
-        self._is_stopping = threading.Event()
-        self._stop_deadline = math.inf
-        self._thread: threading.Thread | None = None  # the one that relays
+        self._start = time.monotonic()
+        self._has_tried = threading.Event()  # to read the history
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)  # _pending is another
+        # Guarded by the lock.
+        self._state, self._reason = RedisState.AWAY, f"connecting to {url}"
+        self._broken = {"read", "write"}  # links
+        self._is_synchronized = False  # the history was read
+        self._ahead = int(
+            (time.time() - self._start) * 1000
+        )  # Redis's clock, of our monotonic one
+        self._news_begin = NOWHERE  # calls up to here are history, not news
+        self._node, self._number = os.urandom(4).hex(), 0  # of the last key
+        self._pending: collections.OrderedDict[str, Pending] = collections.OrderedDict()
+        self._undelivered: collections.deque[Pending] = collections.deque()  # of these
+        self._keys: collections.OrderedDict[str, None] = collections.OrderedDict()  # were there
+        self._lost = self._reported = 0  # calls that waited for too long
 
     # For other threads.
 
-    def start(self, on_failure: Callable[[], None]) -> None:
-        """Start; wait a moment for the history, so that those who come back find it.
-
-        Should a thread ever end by a bug, `on_failure` is called.
-        """
-        for name, work in (("redis-connect", self._keep_connected), ("redis", self._relay)):
-            args = (work, on_failure)
-            self._thread = threading.Thread(target=self._run, args=args, name=name, daemon=True)
-            self._thread.start()
+    def start(self, supervisor: Supervisor, deliver: Callable[[], None]) -> None:
+        """Begin; wait a moment for the history, so that those who come back find it."""
+        self._deliver = deliver
+        supervisor.run("redis-read", partial(self._keep_linked, self._read))
+        supervisor.run("redis-write", partial(self._keep_linked, self._write))
         self._has_tried.wait(REDIS_START)
 
-    def wake(self) -> None:
-        """Let a call be sent, and its deadline be kept."""
-        self._waker.wake()
+    def clock(self) -> int:
+        """Return the time that calls are triggered by: Redis's, in milliseconds since 1970."""
+        return self._ahead + int(time.monotonic() * 1000)
 
-    def status(self, waiting: int, lag: float) -> RelayStatus:
-        """Return how Redis is."""
-        return RelayStatus(self.state, self._reason, waiting, lag, self._lost)
-
-    def close(self) -> None:
-        """Give calls a moment to get into the stream, then end."""
-        self._stop_deadline = time.monotonic() + REDIS_START
-        self._is_stopping.set()
-        self._is_lost.set()
-        self._waker.wake()
-        if self._thread is not None:
-            self._thread.join(2 * REDIS_START)
-
-    def _run(self, work: Callable[[], None], on_failure: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception:
-            log.critical("the relay failed: this is a bug", exc_info=True)
-            self._hub.has_failed = True
-            on_failure()
-
-    def _enter(self, state: RelayState, reason: str) -> None:
-        """Take note of how Redis is now, and log it."""
-        self.state, self._reason = state, reason
-        level = logging.INFO if state is RelayState.UP else logging.WARNING
-        log.log(level, "Redis is %s: %s", state.value, reason)
-
-    def _go_away(self, error: Exception) -> None:
-        """Take note of why Redis is away, and log it when that is news to an admin."""
-        is_refusal = isinstance(error, RedisError) and not str(error).startswith("LOADING")
-        verb = "refuses" if isinstance(error, RedisError) else "answers as no Redis does"
-        if isinstance(error, OSError):
-            verb = "cannot be reached"
-        text = getattr(error, "strerror", None) or str(error)
-        reason = f"{self._url} {verb}: {quote(text, 200)}"
-        is_first = self.state is not RelayState.AWAY or not self._has_tried.is_set()
-        if is_first or (is_refusal and reason != self._reason):
-            self._enter(RelayState.AWAY, reason)
-
-    # The thread that connects.
-
-    def _keep_connected(self) -> None:
-        delay, longest = REDIS_DELAYS
-        while not self._is_stopping.is_set():
-            try:
-                self._connect()
-            except LINK_ERRORS as error:
-                self._go_away(error)
-                self._has_tried.set()
-            else:
-                began = time.monotonic()
-                self._has_tried.set()
-                self._is_lost.wait()
-                if time.monotonic() - began > longest:
-                    delay = REDIS_DELAYS[0]
-            self._is_stopping.wait(delay * random.uniform(0.5, 1))
-            delay = min(2 * delay, longest)
-
-    def _connect(self) -> None:
-        """Set up both links, learn what was missed, and put into the stream what waits."""
-        with contextlib.ExitStack() as stack:
-            writer = Link(self._url)
-            stack.callback(writer.close)
-            reader = Link(self._url)
-            stack.callback(reader.close)
-            self._catch_up(reader)
-            for batch in iter(self._hub.next_batch, []):
-                writer.ask(*self._commands(batch))
-            writer.sock.setblocking(False)
-            reader.sock.setblocking(False)
-            self._is_lost.clear()
-            self._new_links.append((writer, reader))
-            self._waker.wake()
-            stack.pop_all()
-
-    def _catch_up(self, link: Link) -> None:
-        stream = self._url.stream
-        clock, newest = link.ask(("TIME",), ("XREVRANGE", stream, "+", "-", "COUNT", 1))
-        now = int(clock[0]) * 1000 + int(clock[1]) // 1000
-        last = parse_id(newest[0][0].decode()) if newest else CallID(0, 0)
-        now = max(now, last.milliseconds)  # the clock was set back, or is another machine's
-        position, is_lost = self._hub.catch_up_from(now, last)
-        if is_lost:
-            log.warning("Redis has lost calls: its stream %s ended before %s", stream, position)
-            # Another node may have done it already: then Redis refuses.
-            with contextlib.suppress(RedisError):
-                link.ask(("XADD", stream, position, "resumed", "1"))
-        while True:
-            (reply,) = link.ask(("XREAD", "COUNT", REDIS_BATCH, "STREAMS", stream, position))
-            if reply is None:
-                break
-            position, entries = parse_stream(reply)
-            self._hub.receive(entries, now)
-        self._position = position
-
-    def _commands(self, batch: list[Pending]) -> list[tuple[object, ...]]:
-        """Return what puts calls into the stream, all or nothing."""
-        head = ("XADD", self._url.stream, "MAXLEN", "~", STREAM_LENGTH, "*")
-        commands = [(*head, *pending.fields()) for pending in batch]
-        return commands if len(batch) == 1 else [("MULTI",), *commands, ("EXEC",)]
-
-    # The thread that relays.
-
-    def _relay(self) -> None:
-        while time.monotonic() < self._stop_deadline:
-            self._turn()
-            is_done = self._links is None or not self._hub.relay_status().waiting
-            if self._is_stopping.is_set() and is_done:
-                break
-        self._drop_links()
-        self._hub.deliver_early(math.inf)
-        waiting = self._hub.relay_status().waiting
-        if waiting:
-            log.warning("%d calls did not reach the other nodes", waiting)
-
-    def _turn(self) -> None:
-        """Do what is ready or due."""
-        for key, _ in self._selector.select(self._until_deadline()):
-            key.data()
-        while self._new_links:
-            self._take_links(*self._new_links.popleft())
-        now = time.monotonic()
-        if self._hub.deliver_early(now - REDIS_PATIENCE) and self.state is RelayState.UP:
-            self._enter(RelayState.SLOW, "calls are delivered here first until it has caught up")
-        self._lost += self._hub.give_up()
-        if self._links is not None:
-            writer, _ = self._links
-            try:
-                if any(link.deadline < now for link in self._links):
-                    raise TimeoutError(f"no answer for {REDIS_TIMEOUT:.0f} s")
-                batch = [] if writer.awaited else self._hub.next_batch()
-                if batch:
-                    writer.send(*self._commands(batch))
-                    self._watch(writer)
-            except OSError as error:
-                self._fail(error)
-
-    def _until_deadline(self) -> float | None:
-        due = [self._hub.next_deadline(), self._stop_deadline]
-        due += [link.deadline for link in self._links or ()]
-        return None if min(due) == math.inf else max(min(due) - time.monotonic(), 0)
-
-    def _take_links(self, writer: Link, reader: Link) -> None:
-        self._links = writer, reader
-        self._selector.register(writer.sock, selectors.EVENT_READ, self._write)
-        self._selector.register(reader.sock, selectors.EVENT_READ, self._read)
-        self._enter(RelayState.UP, f"calls are shared by {self._url}")
-        if self._lost > self._reported:
-            log.warning("%d calls did not reach the other nodes", self._lost - self._reported)
-            self._reported = self._lost
-        self._request_entries(reader)
-
-    def _request_entries(self, reader: Link) -> None:
-        head = ("XREAD", "COUNT", REDIS_BATCH, "BLOCK", int(REDIS_BLOCK * 1000))
-        command = (*head, "STREAMS", self._url.stream, self._position)
-        reader.send(command, patience=REDIS_BLOCK + REDIS_TIMEOUT)
-
-    def _write(self) -> None:
-        """Send on, and take the replies of the link that writes."""
-        if self._links is not None:
-            try:
-                self._links[0].receive()
-                self._watch(self._links[0])
-            except LINK_ERRORS as error:
-                self._fail(error)
-
-    def _watch(self, writer: Link) -> None:
-        """Flush, and be told when there is room for the rest."""
-        events = selectors.EVENT_READ | (0 if writer.flush() else selectors.EVENT_WRITE)
-        if events != self._selector.get_key(writer.sock).events:
-            self._selector.modify(writer.sock, events, self._write)
-
-    def _read(self) -> None:
-        """Take what has come into the stream."""
-        if self._links is None:
-            return
-        writer, reader = self._links
-        try:
-            for reply in reader.receive():
-                if reply is not None:
-                    self._position, entries = parse_stream(reply)
-                    if self._hub.receive(entries) and self.state is RelayState.SLOW:
-                        self._enter(RelayState.UP, f"calls are shared by {self._url} again")
-                elif not writer.awaited:
-                    if self._hub.misses_a_call():
-                        raise RedisError("it has calls that do not come back through the stream")
-                    writer.send(("PING",))
-                self._request_entries(reader)
-        except LINK_ERRORS as error:
-            self._fail(error)
-
-    def _fail(self, error: Exception) -> None:
-        """Go on without Redis until there are new links."""
-        self._drop_links()
-        self._go_away(error)
-        self._hub.deliver_early(math.inf)
-        self._is_lost.set()
-
-    def _drop_links(self) -> None:
-        for link in self._links or ():
-            self._selector.unregister(link.sock)
-            link.close()
-        self._links = None
-
-
-def parse_stream(reply: Any) -> tuple[CallID, list[Entry]]:
-    """Return the last ID and our entries in the reply to XREAD for one stream."""
-    entries, strange = [], []
-    ((_, items),) = reply
-    for name, words in items:
-        position = parse_id(name.decode())
-        try:
-            entries.append(parse_entry(position, words))
-        except ValueError as error:
-            if words[:1] != [b"resumed"]:
-                strange.append(f"{position}: {error}")
-    if strange:
-        log.warning("%d stream entries are no calls, the first is %s", len(strange), strange[0])
-    return position, entries
-
-
-class SharedHub(Hub):
-    """A Hub whose calls are those of all nodes; also the Relay's threads call its methods."""
-
-    def __init__(
-        self, config: Config, max_browsers: int, url: RedisURL, manager: ServiceManager
-    ) -> None:
-        super().__init__(config, max_browsers, IDSource(None), manager)
-        self.start_time = time.monotonic()
-        # Guarded by the lock.
-        self._cursor = Cursor.of(CallID(0, 0))  # of all who are no travellers
-        self._is_synchronized = False  # the history is known
-        self._clock = 0  # Redis's milliseconds when our monotonic ones are 0
-        self._begin = CallID(0, 0)  # calls up to here are history, not news
-        self._node, self._number = new_node(), 0  # the last mark
-        self._pending: collections.OrderedDict[Mark, Pending] = collections.OrderedDict()
-        self._waiting: collections.deque[Pending] = collections.deque()  # not delivered yet
-        self._to_send: collections.deque[Pending] = collections.deque()
-        self._highest: collections.OrderedDict[int, int] = collections.OrderedDict()  # by node
-        self._relay = Relay(url, self)
-
-    def start(self, on_failure: Callable[[], None]) -> None:
-        """Start the I/O thread and the Relay's."""
-        super().start(on_failure)
-        self._relay.start(on_failure)
-
-    def close(self) -> None:
-        """Let what waits go into the stream, then close all."""
-        self._relay.close()
-        super().close()
-
-    def relay_status(self) -> RelayStatus:
-        """Return how Redis is."""
-        with self._lock:
-            oldest = next(iter(self._pending.values()), None)
-            lag = time.monotonic() - oldest.time if oldest else 0.0
-            return self._relay.status(len(self._pending), lag)
-
-    def broadcast(
+    def publish(
         self, parameters: Mapping[str, str], source: str, answer: Callable[[], None]
     ) -> None:
-        """Let a call go through Redis; `answer` is called when it is delivered here."""
+        """Let a call go through Redis; `answer` is called when it is in the log."""
         with self._lock:
             self._number += 1
-            pending = Pending(Mark(self._node, self._number), parameters, source, answer)
-            self._pending[pending.mark] = pending
-            self._to_send.append(pending)
-            self._waiting.append(pending)
-            is_hopeless = len(self._waiting) > REDIS_WAITING
-        if is_hopeless or self._relay.state is not RelayState.UP:
-            self.deliver_early(math.inf)
-        self._relay.wake()
-
-    # For the Relay.
-
-    def deliver_early(self, until: float) -> bool:
-        """Deliver what was triggered up to then and still waits; tell whether there was any."""
-        with self._lock:
-            done: list[Pending] = []
-            while self._waiting and self._waiting[0].time <= until:
-                pending = self._waiting.popleft()
-                self._cursor = self._cursor.moved(None, pending.mark)
-                extens = self._history.audience_of(pending.parameters)
-                call = make_call(self._cursor.id, pending.parameters, pending.source, extens)
-                pending.call = call._replace(mark=pending.mark, time=pending.time)
-                self._history.note(call)
-                self._calls.append(pending.call)
-                done.append(pending)
+            pending = Pending(f"{self._node}-{self._number}", parameters, source, answer)
+            self._pending[pending.key] = pending
+            self._undelivered.append(pending)
+            self._give_up()
+            is_up = self._state is RedisState.UP and len(self._undelivered) <= REDIS_WAITING
+            done = [] if is_up else self._deliver_early(math.inf)
+            self._changed.notify_all()
         self._conclude(done)
-        return bool(done)
 
-    def receive(self, entries: Iterable[Entry], now: int = 0) -> bool:
-        """Take in what stands in the stream; tell whether all of ours is there.
-
-        `now` is Redis's time in milliseconds when these are entries that were missed, else 0.
-        """
+    def resume(self, since: CallID) -> Resumption:
+        """Return where a browser goes on, which may have heard more than we have read yet."""
         with self._lock:
-            done = [self._receive_entry(entry, now) for entry in entries]
-            is_empty = not self._pending
-        self._conclude([pending for pending in done if pending is not None])
-        return is_empty
+            is_known = self._is_synchronized
+            position, now = self.log.position, self.clock()
+            # Of what is far ahead of us nothing is known: it is another stream's, or was lost.
+            is_ours = since <= position or abs(since.milliseconds - now) < 1000 * REDIS_AHEAD
+            resumption = self.log.resume(since if is_ours or not is_known else NOWHERE)
+            early = next((each.call for each in self._pending.values() if each.call), None)
+        place, since, is_complete = resumption
+        if early is not None:
+            place = min(place, early.place)
+        return Resumption(place, since, is_complete and is_known)
 
-    def _receive_entry(self, entry: Entry, now: int) -> Pending | None:
-        """Deliver a call of the stream, if it was not early; return ours that it answers."""
-        position, mark = entry.position, entry.mark
-        if position <= self._cursor.position:
-            return None
-        if mark.number <= self._highest.get(mark.node, 0):
-            self._cursor = self._cursor.moved(position, mark)
-            self._pending.pop(mark, None)  # too late: a later one came through before it
-            return None
-        self._clock = max(self._clock, position.milliseconds - int(time.monotonic() * 1000))
-        self._highest[mark.node] = mark.number
-        self._highest.move_to_end(mark.node)
-        if len(self._highest) > MAX_NODES:
-            self._highest.popitem(last=False)
-        pending = self._pending.pop(mark, None)
-        if pending is not None and pending.call is None:
-            self._waiting.remove(pending)  # the first, unless Redis lost those before it
-        was_early = pending is not None and pending.call is not None
-        delay = max(now - position.milliseconds, 0) / 1000 if now else 0.0
-        extens = self._history.audience_of(entry.parameters)
-        call = make_call(position, entry.parameters, entry.source, extens)
-        began = pending.time if pending and not was_early else call.time - delay
-        call = call._replace(position=position, mark=mark, time=began)
-        if entry.age + delay > LATE:
-            since = position.milliseconds - int(entry.age * 1000)
-            payload = call.payload[:-1] + b', "time": %d}' % since
-            call = renamed(call._replace(payload=payload, is_late=True), position)
-        self._history.add(call)
-        is_news = position > self._begin and not was_early and not self._cursor.has(call)
-        self._cursor = self._cursor.after(call)
-        if call.id != self._cursor.id:
-            call = renamed(call, self._cursor.id)
-        self._calls.append(call._replace(is_news=is_news))
-        return None if was_early else pending
-
-    def _conclude(self, done: list[Pending]) -> None:
-        """Let the I/O thread deliver, and answer those who triggered. Not under the lock."""
-        if self._calls:
-            self._waker.wake()
-        for pending in done:
-            pending.answer()
-
-    def catch_up_from(self, now: int, last: CallID) -> tuple[CallID, bool]:
-        """Return where to read on in a stream that ends at `last`, and whether that was lost."""
+    def status(self) -> RedisStatus:
+        """Return how Redis is."""
         with self._lock:
-            seconds = self._history.seconds
-            age = min(time.monotonic() - self.start_time, seconds)
-            self._begin = CallID(max(now - int(age * 1000), 0), 0)
-            # From twice as far back: an entry may be repeated behind what is remembered.
-            window = CallID(max(now - int(seconds * 2000), 0), 0)
-            position = min(last, window)
-            is_lost = last < self._cursor.position
-            if position > self._cursor.position or not self._is_synchronized:
-                self._history.begin_at(position)
-                self._cursor = self._cursor.moved(position, None)
+            self._give_up()
+            oldest = next(iter(self._pending.values()), None)
+            lag = time.monotonic() - oldest.began if oldest else 0.0
+            return RedisStatus(self._state, self._reason, len(self._pending), lag, self._lost)
+
+    def close(self) -> None:
+        """Give calls a moment to get into the stream."""
+        with self._lock:
+            self._changed.wait_for(lambda: not self._pending, REDIS_START)
+            done = self._deliver_early(math.inf)
+            if self._pending:
+                log.warning("%d calls did not reach the other nodes", len(self._pending))
+        self._conclude(done)
+
+    def _conclude(self, answers: list[Callable[[], None]]) -> None:
+        """Let the log's new calls be delivered, and those who triggered be answered."""
+        self._deliver()
+        for answer in answers:
+            answer()
+
+    # Either link's thread.
+
+    def _keep_linked(self, work: Callable[[Link], None]) -> None:
+        """Do it with one link after the other."""
+        delay, longest = REDIS_DELAYS
+        while True:
+            began = time.monotonic()
+            try:
+                with contextlib.closing(Link(self._url)) as link:
+                    work(link)
+            except (OSError, RedisError) as error:
+                self._break(error)
+            if time.monotonic() - began > longest:
+                delay = REDIS_DELAYS[0]
+            time.sleep(delay * random.uniform(0.5, 1))
+            delay = min(2 * delay, longest)
+
+    def _mend(self, name: str) -> None:
+        """Take note that a link works."""
+        with self._lock:
+            self._broken.discard(name)
+            if not self._broken and self._state is RedisState.AWAY:
+                self._enter(RedisState.UP, f"calls are shared by {self._url}")
+                lost, self._reported = self._lost - self._reported, self._lost
+                if lost:
+                    log.warning("%d calls did not reach the other nodes", lost)
+
+    def _be_quick(self) -> None:
+        """Take note, under the lock, that Redis has caught up."""
+        if self._state is RedisState.SLOW:
+            self._enter(RedisState.UP, f"calls are shared by {self._url} again")
+
+    def _break(self, error: Exception) -> None:
+        """Take note of why a link broke, and log it when that is news to an admin."""
+        is_refusal = isinstance(error, RedisError) and not str(error).startswith("LOADING")
+        verb = "refuses" if isinstance(error, RedisError) else "cannot be reached"
+        if isinstance(error, ReplyError):
+            verb = "answers as no Redis does"
+        text = getattr(error, "strerror", None) or str(error)
+        reason = f"{self._url} {verb}: {quote(text, 200)}"
+        with self._lock:
+            self._broken = {"read", "write"}  # the other one has to show that it works, too
+            is_first = self._state is not RedisState.AWAY or not self._has_tried.is_set()
+            self._has_tried.set()
+            if is_first or (is_refusal and reason != self._reason):
+                self._enter(RedisState.AWAY, reason)
+            done = self._deliver_early(math.inf)
+            self._send_again()
+        self._conclude(done)
+
+    def _enter(self, state: RedisState, reason: str) -> None:
+        self._state, self._reason = state, reason
+        level = logging.INFO if state is RedisState.UP else logging.WARNING
+        log.log(level, "Redis is %s: %s", state.value, reason)
+
+    # The thread that reads.
+
+    def _read(self, link: Link) -> None:
+        """Take in what was missed, then what comes; look at the stream again when nothing does."""
+        head = ("XREAD", "COUNT", REDIS_BATCH, "BLOCK")
+        position, block = self._look(link), 1  # milliseconds: at first, take what is there
+        while True:
+            command = (*head, block, "STREAMS", self._url.stream, position)
+            (reply,) = link.ask(command, patience=REDIS_BLOCK)
+            if reply is not None:
+                position, entries = parse_stream(reply)
+                self._receive(position, entries)
+            else:
+                position, block = self._look(link), int(REDIS_BLOCK * 1000)
+            if block > 1:
+                self._mend("read")
+                self._has_tried.set()
+
+    def _look(self, link: Link) -> CallID:
+        """Find out which entries there are; return where to read on."""
+        stream, position = self._url.stream, self.log.position
+        clock, newest, oldest = link.ask(
+            ("TIME",),
+            ("XREVRANGE", stream, "+", "-", "COUNT", 1),
+            ("XREAD", "COUNT", 1, "STREAMS", stream, "0-0"),
+        )
+        bounds = parse_bounds(newest, oldest)
+        if bounds is not None:
+            first, last = bounds
+            if last >= position:
+                return self._synchronize(parse_time(clock), first, last)
+            log.warning("Redis has lost calls: its stream %s ended before %s", stream, position)
+        # Another node may have done it already: then Redis refuses.
+        with contextlib.suppress(RedisError):
+            link.ask(("XADD", stream, position if any(position) else "*", *MARKER))
+        with self._lock:
+            self._send_again()
+            # Others may have gone on: what is known already is passed over.
+            return self._horizon(parse_time(clock))
+
+    def _horizon(self, now: int) -> CallID:
+        """Return the position before which calls are no news to anybody."""
+        return CallID(max(now - int(self._patience() * 1000), 0), 0)
+
+    def _synchronize(self, now: int, first: CallID, last: CallID) -> CallID:
+        """Take note of a stream that begins and ends there; return where to read on."""
+        with self._lock:
+            now = max(now, last.milliseconds)  # the clock was set back, or is another machine's
+            age = int((time.monotonic() - self._start) * 1000)
+            self._news_begin = max(self._horizon(now), CallID(max(now - age, 0), 0))
+            position = self.log.position
+            if not self._is_synchronized:
+                position = min(self._horizon(now), last)
+            if not self._is_synchronized or first > position:
+                self.log.begin_at(max(first, position))
             self._is_synchronized = True
-            self._clock = now - int(time.monotonic() * 1000)
-            self._to_send = collections.deque(self._pending.values())
-            return self._cursor.position, is_lost
+            return position
 
-    def next_batch(self) -> list[Pending]:
-        """Return calls to put into the stream now."""
+    def _receive(self, position: CallID, entries: Iterable[Entry]) -> None:
+        """Take in what stands in the stream up to a position."""
+        done: list[Callable[[], None]] = []
         with self._lock:
-            batch: list[Pending] = []
-            while self._to_send and len(batch) < REDIS_BATCH:
-                pending = self._to_send.popleft()
-                if pending.mark in self._pending:
-                    pending.sent = time.monotonic()
-                    batch.append(pending)
-            return batch
+            for entry in entries:
+                done += self._receive_entry(entry)
+            self.log.advance(position)
+            ahead = self.log.position.milliseconds - int(time.monotonic() * 1000)
+            self._ahead = max(self._ahead, ahead)
+            self._changed.notify_all()
+        self._conclude(done)
 
-    def misses_a_call(self) -> bool:
-        """Tell whether a call that Redis has taken is not in the stream behind our position.
+    def _receive_entry(self, entry: Entry) -> list[Callable[[], None]]:
+        """Put a call of the stream into the log; return the answer to who triggered it here."""
+        pending = self._pending.pop(entry.key, None)
+        if not self._remember(entry.key):
+            return []
+        delay = max(self.clock() - entry.time, 0) / 1000
+        began = pending.began if pending else time.monotonic() - delay
+        trigger = Trigger(entry.key, entry.time, entry.parameters, entry.source, began)
+        position = max(entry.position, self.log.position)  # behind, when read once more
+        if pending is None:
+            self.log.append(position, trigger, is_again=entry.position <= self._news_begin)
+            return []
+        if not self._pending or time.monotonic() - pending.sent < REDIS_PATIENCE:
+            self._be_quick()
+        if pending.call is not None:
+            self.log.append_again(position, trigger, pending.call.extens)
+            return []
+        self._undelivered.remove(pending)
+        self.log.append(position, trigger)
+        return [pending.answer]
 
-        So it is when the stream is made anew, by a clock that is behind or by another Redis.
-        """
+    # The thread that writes.
+
+    def _write(self, link: Link) -> None:
+        """Put calls into the stream until they come back; deliver early what takes too long."""
+        head = ("XADD", self._url.stream, "MAXLEN", "~", STREAM_LENGTH, "*")
+        self._set_clock(parse_time(link.ask(("TIME",))[0]))
+        while True:
+            commands = [(*head, *fields) for fields in self._next_batch()]
+            began = time.monotonic()
+            link.send(("TIME",), *commands)
+            if not link.answers_within(REDIS_PATIENCE):
+                self._be_slow()
+            clock, *_ = link.receive(1 + len(commands))
+            if time.monotonic() - began < REDIS_PATIENCE:  # else it may be an old one
+                self._set_clock(parse_time(clock))
+            self._mend("write")
+
+    def _set_clock(self, now: int) -> None:
+        """Take note of Redis's time as it is just now; its stream may be ahead."""
         with self._lock:
-            oldest = next(iter(self._pending.values()), None)
-            return oldest is not None and oldest.sent < time.monotonic() - LATE
+            now = max(now, self.log.position.milliseconds)
+            self._ahead = now - int(time.monotonic() * 1000)
+            if not self._pending:
+                self._be_quick()
 
-    def next_deadline(self) -> float:
-        """Return when a call is to be delivered early or given up, math.inf for never."""
-        with self._lock:
-            if self._waiting:
-                return self._waiting[0].time + REDIS_PATIENCE
-            oldest = next(iter(self._pending.values()), None)
-            return oldest.time + self._patience() if oldest else math.inf
+    def _next_batch(self) -> list[tuple[object, ...]]:
+        """Return the fields of calls to put into the stream now; of none after REDIS_BLOCK."""
+        deadline = time.monotonic() + REDIS_BLOCK
+        while True:
+            self._be_slow(REDIS_PATIENCE)
+            with self._lock:
+                self._give_up()
+                batch = self._due()
+                now = time.monotonic()
+                if batch or now >= deadline:
+                    return [self._send(pending) for pending in batch]
+                until = deadline
+                if self._undelivered:
+                    until = min(until, self._undelivered[0].began + REDIS_PATIENCE)
+                self._changed.wait(max(until - now, 0))
 
-    def give_up(self) -> int:
-        """Forget the calls that waited for too long; return how many."""
-        lost = 0
+    def _be_slow(self, patience: float = 0.0) -> None:
+        """Deliver early what has waited for so long, and all from now on: Redis is slow."""
         with self._lock:
-            oldest = time.monotonic() - self._patience()
-            while self._pending:
-                pending = next(iter(self._pending.values()))
-                is_old = pending.time < oldest or len(self._pending) > MAX_HISTORY
-                if pending.call is None or not is_old:
-                    break
-                self._pending.popitem(last=False)
-                lost += 1
-            # Each that was given up is the first of those to send, or is being sent.
-            while self._to_send and self._to_send[0].mark not in self._pending:
-                self._to_send.popleft()
-        return lost
+            done = self._deliver_early(time.monotonic() - patience)
+            if (done or not patience) and self._state is RedisState.UP:
+                self._enter(
+                    RedisState.SLOW, "calls are delivered here first until it has caught up"
+                )
+        if done:
+            self._conclude(done)
+
+    # Under the lock: calls that have not come back.
+
+    def _due(self) -> list[Pending]:
+        """Return calls that were not written, or have not come back since."""
+        before = time.monotonic() - REDIS_TIMEOUT
+        due = (each for each in self._pending.values() if each.sent < before)
+        return list(itertools.islice(due, REDIS_BATCH))
+
+    def _send(self, pending: Pending) -> tuple[object, ...]:
+        """Return the fields of a call's entry, and take note that it is written."""
+        pending.sent = time.monotonic()
+        text = json.dumps(pending.parameters, ensure_ascii=False, separators=(",", ":"))
+        call = ("source", pending.source, "parameters", text)
+        return ("key", pending.key, "time", self._time_of(pending), *call)
+
+    def _time_of(self, pending: Pending) -> int:
+        return max(self._ahead + int(pending.began * 1000), 0)
+
+    def _send_again(self) -> None:
+        """Take note that what was written may not have arrived."""
+        for pending in self._pending.values():
+            pending.sent = -math.inf
+        self._changed.notify_all()
+
+    def _deliver_early(self, until: float) -> list[Callable[[], None]]:
+        """Put into the log what was triggered up to then and has not come back; return answers."""
+        answers = []
+        while self._undelivered and self._undelivered[0].began <= until:
+            pending = self._undelivered.popleft()
+            call = (pending.parameters, pending.source, pending.began)
+            trigger = Trigger(pending.key, self._time_of(pending), *call)
+            pending.call = self.log.append(self.log.position, trigger, is_early=True)
+            answers.append(pending.answer)
+        return answers
 
     def _patience(self) -> float:
         """Return the seconds after which a call is no news to anybody."""
-        return max(self._history.seconds, LATE)
+        return max(self.log.seconds, REDIS_KEEP)
 
-    # What travellers need.
+    def _give_up(self) -> None:
+        """Forget the calls that waited for too long."""
+        oldest = time.monotonic() - self._patience()
+        while self._pending:
+            pending = next(iter(self._pending.values()))
+            is_old = pending.began < oldest or len(self._pending) > MAX_HISTORY
+            if pending.call is None or not is_old:
+                break
+            del self._pending[pending.key]
+            self._remember(pending.key)
+            self._lost += 1
 
-    def _last_id(self) -> CallID:
-        return self._cursor.id
-
-    def _look_back(self, subscriber: Subscriber, since: CallID) -> bool:
-        cursor = Cursor.of(since)
-        now = self._clock + (time.monotonic() + LATE) * 1000
-        is_possible = not self._is_synchronized or cursor.position.milliseconds < now
-        if not is_possible:  # not this stream's: from a time before Redis, or made up
-            cursor = Cursor(since, self._cursor.position)
-        is_ahead = cursor.position > self._cursor.position
-        missed, is_complete = self._history.since(cursor.position)
-        early = [pending.call for pending in self._pending.values() if pending.call]
-        if is_ahead:
-            # What was sent may be among what it has heard: the stream will tell. Later calls are
-            # not, and their marks must not speak for these.
-            sent = [each for each in self._pending.values() if each.sent < math.inf]
-            subscriber.unsure = frozenset(pending.mark.node for pending in sent)
-            if self._node in subscriber.unsure:
-                self._node, self._number = new_node(), 0
-        if cursor.id == cursor.position and not early:
-            # As nearly always: the stream's IDs are true for it, and there may be 20,000 calls.
-            subscriber.missed = [call for call in missed if subscriber.wants(call)]
-        else:
-            cursor, unheard = sort_out(subscriber, cursor, itertools.chain(missed, early))
-            subscriber.missed = [call for _, call in unheard]
-        cursor = cursor.moved(self._cursor.position, None)
-        if not cursor.agrees_with(self._cursor):
-            subscriber.cursor = cursor
-            subscriber.travels_until = time.monotonic() + 2 * self._history.seconds + LATE
-        return is_complete and is_possible and self._is_synchronized
-
-    # The I/O thread's.
-
-    def _deliver(self, calls: list[Call]) -> list[int]:
-        news = [call for call in calls if call.is_news]
-        heard_by = iter(super()._deliver(news) if news else ())
-        counts = [next(heard_by) if call.is_news else 0 for call in calls]
-        for subscriber in list(self._audience.travellers):
-            heard = self._travel(subscriber, calls)
-            for index, _ in heard:
-                counts[index] += 1
-            if heard:
-                self._write(subscriber, b"".join([frame for _, frame in heard]))
-        return counts
-
-    def _share_of(self, subscriber: Subscriber, calls: list[Call]) -> bytes:
-        if subscriber.cursor is None:
-            return super()._share_of(subscriber, [call for call in calls if call.is_news])
-        return b"".join([frame for _, frame in self._travel(subscriber, calls)])
-
-    def _travel(self, subscriber: Subscriber, calls: list[Call]) -> list[tuple[int, bytes]]:
-        """Return the frames of a traveller, with the calls' indices; it may have arrived then."""
-        if subscriber.cursor is None or not calls:
-            return []
-        cursor, unheard = sort_out(subscriber, subscriber.cursor, calls)
-        rest = Cursor.of(calls[-1].id)
-        cursor = cursor.moved(rest.position, None)
-        subscriber.cursor = cursor
-        if cursor.agrees_with(rest) or self._now > subscriber.travels_until:
-            subscriber.cursor = None
-            self._audience.discard(subscriber)
-            self._audience.add(subscriber)
-        return [(index, call.frame) for index, call in unheard]
+    def _remember(self, key: str) -> bool:
+        """Take note of a key; tell whether it is new."""
+        is_new = key not in self._keys
+        self._keys[key] = None
+        if len(self._keys) > MAX_HISTORY:
+            self._keys.popitem(last=False)
+        return is_new
 
 
-def sort_out(
-    subscriber: Subscriber, cursor: Cursor, calls: Iterable[Call]
-) -> tuple[Cursor, list[tuple[int, Call]]]:
-    """Return the cursor of a browser behind these calls, and what it has not heard of them.
-
-    The latter with its indices, and under the IDs that the browser's cursor then had.
-    """
-    unheard = []
-    for index, call in enumerate(calls):
-        is_early = call.position is None
-        if is_early and call.mark is not None and call.mark.node in subscriber.unsure:
-            continue
-        is_new = not cursor.has(call)
-        if is_new or not is_early:
-            cursor = cursor.after(call)
-        if is_new and subscriber.wants(call):
-            unheard.append((index, call if call.id == cursor.id else renamed(call, cursor.id)))
-    return cursor, unheard
+Stream = Union[LocalStream, RedisStream]
 
 
-def new_node() -> int:
-    """Return a number that no other node has."""
-    return int.from_bytes(os.urandom(8), "big") % 10**8
+# --- 9. Supervision ----------------------------------------------------------------------------
+
+STATUS_INTERVAL = 10.0  # seconds between two status lines to systemd
 
 
-# --- 8. systemd --------------------------------------------------------------------------------
+class Supervisor:
+    """Runs the daemon's threads: one that ends by a bug ends the daemon, and none hangs unseen."""
+
+    def __init__(self, on_failure: Callable[[], None]) -> None:
+        self.has_failed = False
+        self._on_failure = on_failure
+        self._loops: dict[str, Loop] = {}
+
+    def watch(self, name: str, loop: Loop) -> None:
+        """Look after a thread that was not started by run()."""
+        self._loops[name] = loop
+
+    def run(
+        self, name: str, work: Callable[[], None], loop: Loop | None = None
+    ) -> threading.Thread:
+        """Start a thread, and look after its loop if it has one; raises ConfigError."""
+        thread = threading.Thread(target=self._run, args=(name, work), name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise ConfigError(f"cannot start a thread: {error}; raise TasksMax") from None
+        if loop is not None:
+            self.watch(name, loop)
+        return thread
+
+    def _run(self, name: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception:
+            log.critical("the thread %s failed: this is a bug", name, exc_info=True)
+            self.has_failed = True
+            self._on_failure()
+
+    def stalled(self, timeout: float) -> list[str]:
+        """Return the threads that give no sign of life within so many seconds."""
+        deadline = time.monotonic() + timeout
+        probes = [(name, loop.probe()) for name, loop in self._loops.items()]
+        return [
+            name for name, turned in probes if not turned.wait(max(deadline - time.monotonic(), 0))
+        ]
 
 
 class ServiceManager:
@@ -3847,8 +3814,8 @@ class ServiceManager:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address else None
         watchdog = int(environ.get("WATCHDOG_USEC") or 0) / 1_000_000
-        # Seconds between two signs of life, math.inf for none; twice as often as is asked for.
-        self.interval = min(watchdog / 2 or math.inf, STATUS_INTERVAL) if address else math.inf
+        # Seconds between two signs of life, None for none; twice as often as is asked for.
+        self.interval = min(watchdog / 2 or math.inf, STATUS_INTERVAL) if address else None
 
     def notify(self, *lines: str) -> None:
         """Send assignments such as READY=1. Any thread."""
@@ -3860,8 +3827,10 @@ class ServiceManager:
                 log.warning("cannot tell systemd %s: %s", lines[0], error.strerror)
 
 
-# --- 9. Command line ---------------------------------------------------------------------------
+# --- 10. Command line --------------------------------------------------------------------------
 
+STDERR = 2
+ANY_PAGE = "any web page that is open there can listen, for CRMWS_ORIGINS is empty"
 BASE_FILES = 16  # descriptors for ourselves: listener, selectors, wakers, log, a file read
 JOURNAL_PRIORITIES = {
     logging.DEBUG: 7,
@@ -3904,7 +3873,7 @@ class LogHandler(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self._descriptor = sys.stderr.fileno()
+        self._descriptor = STDERR
         self._lost = 0
         mode = os.fstat(self._descriptor).st_mode
         # A terminal's descriptor is shared with the shell, and a file never blocks for long.
@@ -3925,10 +3894,18 @@ class LogHandler(logging.Handler):
             self._lost += 1
 
 
+def fill_standard_descriptors() -> None:
+    """Open those of standard input, output and error that are closed: a socket would get them."""
+    descriptor = STDERR
+    while descriptor <= STDERR:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
+
+
 def set_up_log() -> None:
     """Log to standard error: with the time for a terminal or a file, for the journal without."""
     handler = LogHandler()
-    is_for_journal = is_journal(sys.stderr.fileno())
+    is_for_journal = is_journal(STDERR)
     handler.setFormatter(JournalFormatter() if is_for_journal else TimeFormatter())
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -3952,20 +3929,20 @@ def raise_file_limit() -> int:
     return limit
 
 
-def room_sizes(limit: int, servers: int) -> list[int]:
-    """Return the sizes of each server's rooms under a limit of open files.
+def queue_sizes(limit: int, servers: int) -> list[int]:
+    """Return the sizes of each server's queues under a limit of open files.
 
     They get at most a quarter of it: neither browsers nor slow peers can leave a trigger without
     a descriptor.
     """
-    share = min((limit - BASE_FILES) / 4 / (sum(ROOM_SIZES) * servers), 1)
-    return [max(int(size * share), 1) for size in ROOM_SIZES]
+    share = min((limit - BASE_FILES) / 4 / (sum(QUEUE_SIZES) * servers), 1)
+    return [max(int(size * share), 1) for size in QUEUE_SIZES]
 
 
-def make_rooms(sizes: list[int]) -> Rooms:
-    """Return one server's rooms."""
+def make_queues(sizes: list[int]) -> Queues:
+    """Return one server's queues."""
     timeouts = (REQUEST_TIMEOUT, REQUEST_TIMEOUT, REQUEST_TIMEOUT, DRAIN_TIMEOUT)
-    return Rooms(*map(Room, sizes, timeouts))
+    return Queues(*map(DeadlineQueue, timeouts, sizes))
 
 
 def bound_browsers(wanted: int, limit: int, waiting: int) -> int:
@@ -3979,20 +3956,6 @@ def bound_browsers(wanted: int, limit: int, waiting: int) -> int:
             allowed,
         )
     return min(wanted, allowed)
-
-
-def state_file(port: int) -> Path | None:
-    """Return where IDs are kept over a restart: systemd names a folder, else it is the user's."""
-    folder = Path(os.environ.get("STATE_DIRECTORY", "").partition(":")[0])
-    try:
-        if not folder.is_absolute():
-            home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
-            folder = Path(home) / "popup-notifier"
-            folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{port}.id"
-    except (OSError, RuntimeError) as error:
-        log.warning("no folder to keep IDs in over a restart: %s", error)
-        return None
 
 
 def parse_args(args: list[str] | None) -> argparse.Namespace:
@@ -4031,26 +3994,25 @@ def load_tls(config: Config) -> ssl.SSLContext | None:
 
 
 class Daemon:
-    """All that runs: the hub, a server for each port, and the configuration they have."""
+    """All that runs: the stream of calls, the hub, a server for each port, and their watch."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = self._load()
         self.manager = ServiceManager(os.environ)
+        self.supervisor = Supervisor(on_failure=self.stop)
         tls = load_tls(self.config)
         ports: list[tuple[int, ssl.SSLContext | None]] = [(self.config.port, None)]
         if self.config.client_port is not None:
             ports.append((self.config.client_port, tls))
         self.file_limit = raise_file_limit()
-        self.sizes = room_sizes(self.file_limit, len(ports))
+        self.sizes = queue_sizes(self.file_limit, len(ports))
         self.waiting = sum(self.sizes) * len(ports)
         max_browsers = bound_browsers(self.config.max_browsers, self.file_limit, self.waiting)
-        if self.config.redis_url is None:
-            ids = IDSource(state_file(self.config.port))
-            self.hub = Hub(self.config, max_browsers, ids, self.manager)
-        else:
-            url = self.config.redis_url
-            self.hub = SharedHub(self.config, max_browsers, url, self.manager)
+        self.stream: Stream = LocalStream(self.config.history)
+        if self.config.redis_url is not None:
+            self.stream = RedisStream(self.config.redis_url, self.config.history)
+        self.hub = Hub(self.config, max_browsers, self.stream)
         refusals = RefusalLog()
         self.servers = [self._listen(port, refusals, context) for port, context in ports]
 
@@ -4064,8 +4026,8 @@ class Daemon:
     def _listen(self, port: int, refusals: RefusalLog, tls: ssl.SSLContext | None) -> Server:
         """Return a server that listens; raises ConfigError with what to do about it."""
         try:
-            rooms = make_rooms(self.sizes)
-            return Server(self.config, port, self.hub, rooms, refusals, tls)
+            queues = make_queues(self.sizes)
+            return Server(self.config, port, self.hub, self.supervisor, queues, refusals, tls)
         except OSError as error:
             where = f"{self.config.listen or 'every address'}, port {port}"
             hint = ""
@@ -4079,21 +4041,38 @@ class Daemon:
         """Serve until SIGTERM or SIGINT; return the exit status."""
         main, *others = self.servers
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: main.stop())
-        signal.signal(signal.SIGHUP, lambda *_: main.call_soon(self.reload))
-        self.hub.start(on_failure=main.stop)
+            signal.signal(number, lambda *_: self.stop())
+        signal.signal(signal.SIGHUP, lambda *_: main.loop.call_soon(self.reload))
+        self.hub.start(self.supervisor)
+        self.stream.start(self.supervisor, self.hub.deliver)
         for server in others:
-            threading.Thread(target=server.serve_forever, name="clients", daemon=True).start()
+            self.supervisor.run("clients", server.serve_forever, server.loop)
+        self.supervisor.watch("main", main.loop)
+        if self.manager.interval is not None:
+            self.supervisor.run("watchdog", partial(self._report, self.manager.interval))
         self._log_start()
         self.manager.notify("READY=1")
         main.serve_forever()
         self.manager.notify("STOPPING=1")
         for server in others:
-            server.stop()
+            server.shutdown()
         main.server_close()
+        self.stream.close()
         self.hub.close()
         log.info("popup-notifier stopped")
-        return 1 if self.hub.has_failed else 0
+        return 1 if self.supervisor.has_failed else 0
+
+    def stop(self) -> None:
+        """Let run() return. Any thread, and signal handlers."""
+        self.servers[0].shutdown()
+
+    def _report(self, interval: float) -> None:
+        """Tell systemd every `interval` seconds how we are, unless a thread hangs."""
+        while True:
+            if not self.supervisor.stalled(interval):
+                counts = f"{self.hub.count()} browsers connected, {self.hub.metrics.calls} calls"
+                self.manager.notify(f"STATUS={counts} so far", "WATCHDOG=1")
+            time.sleep(interval)
 
     def _log_start(self) -> None:
         config = self.config
@@ -4101,12 +4080,13 @@ class Daemon:
         if config.client_port is not None:
             ports += f" and {'https' if config.use_ssl else 'http'} port {config.client_port}"
         log.info(
-            "popup-notifier %s listens on %s, %s: triggers from %s, browsers from %s",
+            "popup-notifier %s listens on %s, %s: triggers from %s, browsers from %s%s",
             VERSION,
             config.listen or "every address",
             ports,
             config.trigger_allow,
             config.crmws_allow,
+            "" if config.crmws_origins.patterns else f"; {ANY_PAGE}",
         )
 
     def reload(self) -> None:
@@ -4124,8 +4104,9 @@ class Daemon:
         self.manager.notify("READY=1")
 
     def _apply(self, config: Config, tls: ssl.SSLContext | None) -> None:
-        for key, old, new in zip(KEYS, self.config, config):
-            if key.needs_restart and old != new:
+        for key in KEYS:
+            old = getattr(self.config, key.name.lower())
+            if key.needs_restart and old != getattr(config, key.name.lower()):
                 log.warning("%s has changed: that needs a restart", key.name)
                 unchanged: dict[str, Any] = {key.name.lower(): old}
                 config = config._replace(**unchanged)
@@ -4148,6 +4129,8 @@ def check(path: Path) -> None:
     config, warnings = load_config(path)
     for line in describe_config(config):
         print(line)
+    if not config.crmws_origins.patterns:
+        warnings.append(ANY_PAGE)
     for warning in warnings:
         log.warning("%s", warning)
     load_tls(config)
@@ -4155,18 +4138,18 @@ def check(path: Path) -> None:
 
 def main(args: list[str] | None = None) -> int:
     """Do what the command line says; return the exit status."""
+    fill_standard_descriptors()
     options = parse_args(args)
     set_up_log()
     try:
         if options.check:
             check(options.config)
             return 0
-        daemon = Daemon(options.config)
+        return Daemon(options.config).run()
     except ConfigError as error:
         for line in error.lines:
             log.error("%s", line)
         return 1
-    return daemon.run()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import base64
 import collections
 import contextlib
 import ctypes
+import io
 import itertools
 import json
 import os
@@ -47,13 +48,9 @@ from urllib.parse import quote
 
 import popup_notifier
 from popup_notifier import (
-    CallID,
     CloseCode,
     ConfigError,
-    Cursor,
-    Entry,
     HandshakeError,
-    Mark,
     Opcode,
     ProtocolError,
     RedisError,
@@ -129,7 +126,7 @@ class Daemon:
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "XDG_STATE_HOME": self.folder.name, **(environ or {})},
+            env={**os.environ, **(environ or {})},
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reads_log = reads_log
@@ -262,6 +259,19 @@ class Daemon:
         """Return how many browsers the last line about browsers counts."""
         counts = [re.search(r"\((\d+) connected\)", line) for line in self.lines]
         return int([match[1] for match in counts if match][-1])
+
+
+@contextlib.contextmanager
+def patched(statements: str) -> Iterator[Path]:
+    """Give a program that is the daemon after some statements, such as `STOP_TIMEOUT = 1`."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "patched.py")
+        lines = [f"popup_notifier.{each.strip()}" for each in statements.split(";")]
+        program.write_text(
+            f"import sys, threading\nsys.path.insert(0, {str(HERE)!r})\nimport popup_notifier\n"
+            + "\n".join([*lines, "sys.exit(popup_notifier.main())\n"])
+        )
+        yield program
 
 
 def receive_all(sock: socket.socket) -> bytes:
@@ -935,7 +945,7 @@ class TestWebSocketProtocol(unittest.TestCase):
         self.assertFalse(names & {"socket", "selectors", "threading", "time", "log", "logging"})
 
 
-# --- 4. Hub ------------------------------------------------------------------------------------
+# --- 4. Calls ----------------------------------------------------------------------------------
 
 
 class TestCall(unittest.TestCase):
@@ -945,7 +955,9 @@ class TestCall(unittest.TestCase):
         with Daemon() as daemon, daemon.browser() as browser:
             daemon.trigger("&exten=201&name=%E5%B1%B1%E7%94%B0&uniqueid=1.2")
             message = browser.message()
-        self.assertRegex(message.pop("id"), r"^\d{13}-\d+$")
+        self.assertRegex(message.pop("id"), r"^\d{13}-1$")
+        self.assertTrue(message.pop("key"))
+        self.assertLess(abs(message.pop("time") / 1000 - time.time()), TIMEOUT)
         self.assertEqual(
             message,
             {
@@ -979,10 +991,14 @@ class TestCall(unittest.TestCase):
         with Daemon() as daemon:
             with daemon.browser(), daemon.browser():
                 daemon.trigger("&exten=201")
-                (line,) = daemon.wait_for_log("call ")
-        self.assertRegex(
-            line, r'call \d+-\d+: phone="0312345678" exten="201" from 127\.0\.0\.1 to 2 browsers$'
-        )
+                daemon.trigger("&exten=202&event=answer&uniqueid=1.5")
+                first, second = daemon.wait_for_log("call ", 2)
+        to_both = r"from 127\.0\.0\.1 to 2 browsers$"
+        self.assertRegex(first, r'call \d+-1: ring phone="0312345678" exten="201" ' + to_both)
+        self.assertRegex(second, r'-2: answer phone="0.*" exten="202" uniqueid="1.5" ' + to_both)
+
+
+# --- 5. Hub ------------------------------------------------------------------------------------
 
 
 class TestHub(unittest.TestCase):
@@ -1181,14 +1197,6 @@ class TestSubscription(unittest.TestCase):
             daemon.trigger("&exten=all&uniqueid=9.2", phone="2")
             self.assertEqual((one.phones(3), other.phones(1)), ([*"112"], ["2"]))
 
-    def test_ring_long_after_an_answer_is_another_one(self) -> None:
-        history = popup_notifier.History(60, CallID(0, 0))
-        answer = {"phone": "1", "exten": "201", "uniqueid": "9.1", "event": "answer"}
-        call = popup_notifier.make_call(CallID(1, 0), answer, "", history.audience_of(answer))
-        history.note(call._replace(time=call.time - popup_notifier.OVERTAKING))
-        ring = {**answer, "exten": "202", "event": "ring"}
-        self.assertEqual(history.audience_of(ring), {"202"})
-
     def test_bad_query_is_refused(self) -> None:
         with Daemon() as daemon:
             for query in ("?since=yesterday", "?since=1", "?exten=" + "1," * 101 + "x" * 65):
@@ -1208,7 +1216,6 @@ class TestRecovery(unittest.TestCase):
                 daemon.trigger()
                 first = browser.message()
                 self.assertGreater(call_id(first), call_id(hello))
-                self.assertNotIn("replayed", first)
             with daemon.browser("?since=") as browser:
                 self.assertEqual(browser.hello()["id"], first["id"])
 
@@ -1224,8 +1231,6 @@ class TestRecovery(unittest.TestCase):
                     daemon.trigger(phone="9")
                     messages = [browser.message() for _ in range(len(expected) + 1)]
                 self.assertEqual([each["phone"] for each in messages], [*expected, "9"])
-                replayed = [each.get("replayed", False) for each in messages]
-                self.assertEqual(replayed, [True] * len(expected) + [False])
                 # The next one has a later position to begin with.
                 position = messages[-1]["id"]
                 for number in range(5):
@@ -1243,7 +1248,7 @@ class TestRecovery(unittest.TestCase):
             with daemon.browser("?since=") as browser:
                 start = browser.hello()["id"]
                 self.assertEqual(status_of(daemon.exchange(request)), 200)
-                size = len(browser.frame()[1])
+                size = len(json.dumps(browser.message()))
             for is_complete in (True, False):
                 with daemon.browser(f"?since={start}") as browser:
                     self.assertIs(browser.hello()["complete"], is_complete)
@@ -1256,11 +1261,7 @@ class TestRecovery(unittest.TestCase):
                 position = browser.hello()["id"]
             daemon.trigger()
             daemon.trigger()
-            for since, is_complete in (
-                (position, False),
-                ("0-0", False),
-                ("9999999999999-0", True),
-            ):
+            for since, is_complete in ((position, False), ("0-0", False)):
                 with self.subTest(since), daemon.browser(f"?since={since}") as browser:
                     self.assertIs(browser.hello()["complete"], is_complete)
                     daemon.trigger(phone="3")
@@ -1269,8 +1270,11 @@ class TestRecovery(unittest.TestCase):
     def test_alive_comes_with_the_pings_to_those_who_recover(self) -> None:
         with Daemon(PING_INTERVAL=1) as daemon:
             with daemon.browser("?since=") as one, daemon.browser() as other:
-                one.hello()
-                self.assertEqual(json.loads(one.frame()[1])["type"], "ALIVE")
+                hello = one.hello()
+                for _ in range(2):  # it is up to date; a second later it is still
+                    alive = json.loads(one.frame()[1])
+                    self.assertEqual((alive["type"], alive["id"]), ("ALIVE", hello["id"]))
+                    self.assertLess(abs(alive["time"] / 1000 - time.time()), TIMEOUT)
                 self.assertEqual(one.frame()[0], Opcode.PING)
                 self.assertEqual(other.frame()[0], Opcode.PING)
 
@@ -1313,43 +1317,14 @@ class TestRecovery(unittest.TestCase):
             caller.join()
         self.assertEqual(heard, [str(number) for number in range(total)])
 
-    def test_ids_increase_over_a_restart(self) -> None:
-        with tempfile.TemporaryDirectory() as state:
-            port = free_port()
-            last: tuple[int, ...] = ()
-            for stop in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
-                with Daemon(environ={"XDG_STATE_HOME": state}, PORT=port) as daemon:
-                    daemon.port = port
-                    with daemon.browser("?since=") as browser:
-                        positions = [call_id(browser.hello())]
-                        daemon.trigger()
-                        positions.append(call_id(browser.message()))
-                    daemon.process.send_signal(stop)
-                    daemon.process.wait(TIMEOUT)
-                self.assertEqual(sorted({last, *positions}), [last, *positions])
-                last = positions[-1]
-
-    @needs("faketime")
-    def test_ids_increase_when_the_clock_is_set_back(self) -> None:
-        with tempfile.TemporaryDirectory() as state:
-            environ = {"XDG_STATE_HOME": state}
-            with Daemon(environ=environ) as daemon, daemon.browser() as browser:
-                daemon.trigger()
-                before = call_id(browser.message())
-                port = daemon.port
-            # The wrapper `faketime` would stand between us and the daemon.
-            (library,) = Path("/usr/lib").glob("*/faketime/libfaketime.so.1")
-            environ.update(LD_PRELOAD=str(library), FAKETIME="-1h", DONT_FAKE_MONOTONIC="1")
-            with Daemon(environ=environ, PORT=port) as daemon:
-                daemon.port = port
-                with daemon.browser() as browser:
-                    daemon.trigger()
-                    self.assertGreater(call_id(browser.message()), before)
-
-    def test_ids_without_a_place_to_keep_them(self) -> None:
-        with Daemon(environ={"XDG_STATE_HOME": "/proc/nowhere"}) as daemon:
-            self.assertEqual(daemon.trigger(), 200)
-            self.assertIn("no folder to keep IDs", daemon.lines[0])
+    def test_position_of_another_run_brings_all_that_is_remembered(self) -> None:
+        with Daemon() as daemon:
+            daemon.trigger(phone="1")
+            for since in ("1763870000000-7", "9999999999999-0", f"1-{10**300}"):
+                with self.subTest(since), daemon.browser(f"?since={since}") as browser:
+                    hello = browser.hello()
+                    self.assertEqual((hello["complete"], hello["id"]), (False, since))
+                    self.assertEqual(browser.phones(1), ["1"])
 
 
 def call_id(message: dict[str, Any]) -> tuple[int, ...]:
@@ -1363,39 +1338,7 @@ def reset(sock: socket.socket) -> None:
     sock.close()
 
 
-class TestBacklog(unittest.TestCase):
-    """What waits for a slow browser."""
-
-    FRAMES = tuple(serialize_frame(Opcode.TEXT, bytes([65 + n]) * n * 40) for n in range(8))
-
-    def test_frames_leave_in_order_and_whole_after_a_discard(self) -> None:
-        stream = b"".join(self.FRAMES)
-        ends = list(itertools.accumulate(map(len, self.FRAMES)))
-        for sent in range(len(stream)):
-            backlog = popup_notifier.Backlog(b"".join(self.FRAMES[:3]), min(sent, ends[2]))
-            for frame in self.FRAMES[3:]:
-                backlog.append(frame)
-            out = bytearray(stream[: min(sent, ends[2])])
-
-            def send(data: bytes, room: int = max(sent - ends[2], 0), out: bytearray = out) -> int:
-                if room <= 0:
-                    raise BlockingIOError
-                out += data[:room]
-                return min(room, len(data))
-
-            backlog.flush(send)
-            backlog.discard()
-            rest = socket.socketpair()
-            backlog.flush(rest[0].send)
-            rest[0].close()
-            total = bytes(out) + receive_all(rest[1])
-            rest[1].close()
-            self.assertIn(len(total), [0, *ends])
-            self.assertEqual(total, stream[: len(total)])
-            self.assertEqual(backlog.size, 0)
-
-
-# --- 5. HTTP -----------------------------------------------------------------------------------
+# --- 6. HTTP -----------------------------------------------------------------------------------
 
 # (what it is, head without the empty line, status or None when it is a request)
 HEADS: list[tuple[str, bytes, int | None]] = [
@@ -1556,7 +1499,8 @@ BAD_TRIGGERS: list[tuple[str, str, str, bytes, int, str]] = [
         '"phone" is given twice',
     ),
     ("phone not UTF-8", "?phone=%ff&token={token}", "", b"", 400, '"phone" is not UTF-8'),
-    ("name not UTF-8", "?phone=1&name=%83%65&token={token}", "", b"", 400, '"name" is not UTF-8'),
+    ("exten not UTF-8", "?phone=1&exten=%83%65&token={token}", "", b"", 400, '"exten" is not'),
+    ("event", "?phone=1&event=hangup&token={token}", "", b"", 400, "none of ring, answer, end"),
     (
         "half a surrogate pair",
         "?token={token}",
@@ -1588,7 +1532,7 @@ BAD_TRIGGERS: list[tuple[str, str, str, bytes, int, str]] = [
         400,
         '"x" is not a text',
     ),
-    ("JSON not UTF-8", "?token={token}", JSON_TYPE, b'{"phone":"\xff"}', 400, "not JSON in UTF-8"),
+    ("JSON not UTF-8", "?token={token}", JSON_TYPE, b'{"phone":"\xff"}', 400, '"phone" is not'),
     (
         "other body",
         "?phone=1&token={token}",
@@ -1943,7 +1887,7 @@ class TestResources(unittest.TestCase):
                 self.assertEqual(len(body.decode().splitlines()), 1)
 
 
-# --- 6. TLS ------------------------------------------------------------------------------------
+# --- 7. TLS ------------------------------------------------------------------------------------
 
 
 class Certificates:
@@ -2071,7 +2015,7 @@ class TestTLS(unittest.TestCase):
             with socket.create_connection(("127.0.0.1", port), TIMEOUT) as sock:
                 sock.sendall(handshake())
                 receive_all(sock)
-            daemon.wait_for_log("TLS: speaks http on the https port")
+            daemon.wait_for_log("plain http on the https port")
 
     def test_certificate_that_is_no_use(self) -> None:
         other = self.certificates.make("other")
@@ -2138,7 +2082,7 @@ class TestTLS(unittest.TestCase):
             tab.wait_for("document.querySelector('tbody').textContent.includes('0312345678')")
 
 
-# --- 7. Redis ----------------------------------------------------------------------------------
+# --- 8. Redis ----------------------------------------------------------------------------------
 
 REDIS_PASSWORD = "p@ss/word:that#no?log may show"
 
@@ -2198,40 +2142,43 @@ BAD_URLS = [
 ]
 
 
-class TestRESP(unittest.TestCase):
+class TestReply(unittest.TestCase):
     """Redis's protocol, by bytes."""
 
-    def feed(self, stream: bytes, size: int) -> list[Any]:
-        codec = popup_notifier.RESP()
-        for start in range(0, len(stream), size):
-            codec.receive_data(stream[start : start + size])
-        return codec.replies_received()
+    def replies(self, data: bytes) -> list[Any]:
+        stream = io.BytesIO(data)
+        replies = []
+        while stream.tell() < len(data):
+            replies.append(popup_notifier.read_reply(stream))
+        return replies
 
-    def test_replies_in_chunks_of_any_size(self) -> None:
-        everything = b"".join(stream for _, stream, _ in GOOD_REPLIES)
-        replies = [reply for _, _, each in GOOD_REPLIES for reply in each]
-        for label, stream, expected in [*GOOD_REPLIES, ("all", everything, replies)]:
-            for size in range(1, len(stream) + 1):
-                with self.subTest(label, size=size):
-                    self.assertEqual(self.feed(stream, size), expected)
+    def test_replies(self) -> None:
+        for label, stream, expected in GOOD_REPLIES:
+            with self.subTest(label):
+                self.assertEqual(self.replies(stream), expected)
 
     def test_errors_are_replies(self) -> None:
-        for size in (1, 100):
-            error, (inner, number) = self.feed(b"-ERR no\r\n*2\r\n-OOM\r\n:1\r\n", size)
-            self.assertEqual((str(error), str(inner), number), ("ERR no", "OOM", 1))
-            for replies in ([error], [1, [b"", inner]]):
-                with self.assertRaises(popup_notifier.RedisError):
-                    popup_notifier.check_replies(replies)
+        error, (inner, number) = self.replies(b"-ERR no\r\n*2\r\n-OOM\r\n:1\r\n")
+        self.assertEqual((str(error), str(inner), number), ("ERR no", "OOM", 1))
+        self.assertIsInstance(error, popup_notifier.RedisError)
 
     def test_what_redis_never_sends_is_refused(self) -> None:
         for label, stream in BAD_REPLIES:
-            for size in (1, len(stream)):
-                with self.subTest(label, size=size), self.assertRaises(popup_notifier.RedisError):
-                    self.feed(stream, size)
+            with self.subTest(label), self.assertRaises(popup_notifier.ReplyError):
+                self.replies(stream)
+
+    def test_reply_that_ends_too_early(self) -> None:
+        _, stream, _ = GOOD_REPLIES[-1]
+        for cut in range(1, len(stream)):
+            with (
+                self.subTest(cut),
+                self.assertRaises((ConnectionError, popup_notifier.ReplyError)),
+            ):
+                self.replies(stream[:cut])
 
     def test_command(self) -> None:
         self.assertEqual(
-            popup_notifier.serialize_command("XADD", b"\r\n", 5, "é"),
+            popup_notifier.serialize_command("XADD", "\r\n", 5, "é"),
             b"*4\r\n$4\r\nXADD\r\n$2\r\n\r\n\r\n$1\r\n5\r\n$2\r\n\xc3\xa9\r\n",
         )
 
@@ -2251,206 +2198,6 @@ class TestRedisURL(unittest.TestCase):
             self.assertIn("f:2: REDIS_URL: ", str(caught.exception))
             self.assertIn(expected, str(caught.exception))
             self.assertNotIn("geheim", str(caught.exception))
-
-
-class TestCursor(unittest.TestCase):
-    """What a browser has heard, in an ID."""
-
-    def call(self, position: int, mark: tuple[int, int]) -> popup_notifier.Call:
-        return popup_notifier.make_call(
-            CallID(position, 0), {"phone": "1", "exten": "all"}, "", frozenset()
-        )._replace(position=CallID(position, 0) if position else None, mark=Mark(*mark))
-
-    def test_stream_ids_are_kept(self) -> None:
-        cursor = Cursor.of(CallID(5, 0))
-        for position in (6, 7, 9):
-            cursor = cursor.after(self.call(position, (1, position)))
-            self.assertEqual(cursor, (CallID(position, 0), CallID(position, 0), ()))
-
-    def test_early_calls_are_in_the_id(self) -> None:
-        cursor = Cursor.of(CallID(1_763_870_000_000, 3)).after(self.call(0, (73_550_214, 42)))
-        self.assertRegex(str(cursor.id), r"^\d{13}-1176387000000000000000037355021400000004" "2$")
-        self.assertEqual(Cursor.of(cursor.id), cursor)
-        self.assertTrue(cursor.has(self.call(0, (73_550_214, 41))))
-        self.assertFalse(cursor.has(self.call(0, (73_550_214, 43))))
-        self.assertFalse(cursor.has(self.call(0, (73_550_215, 1))))
-        # As long as a call before it is missing, the IDs say so; then they are the stream's again.
-        late = cursor.after(self.call(9_000_000_000_000, (73_550_214, 41)))
-        self.assertEqual(late.marks, (Mark(73_550_214, 42),))
-        self.assertGreater(late.id, cursor.id)
-        self.assertEqual(Cursor.of(late.id), late)
-        last = late.after(self.call(9_000_000_000_001, (73_550_214, 42)))
-        self.assertEqual(last.id, (9_000_000_000_001, 0))
-
-    def test_ids_of_any_text_are_cursors(self) -> None:
-        for sequence in (0, 10**20, 10**23, 10**24 - 1, 10**40 - 7, 10**399):
-            cursor = Cursor.of(CallID(7, sequence))
-            self.assertGreater(cursor.after(self.call(0, (1, 1))).id, cursor.id)
-
-    def test_call_behind_one_that_redis_lost_is_heard_once(self) -> None:
-        with contextlib.closing(Model(random.Random(0))) as model:
-            hub = model.hubs[0]
-            with hub.browser(CallID(0, 0)) as browser:
-                hub.be_patient()
-                hub.call()
-                hub.call()
-                hub.write()
-                del model.stream[0]
-                hub.read(1)
-                hub.run_out_of_patience()
-                self.assertEqual([phone for phone, _ in hub.heard(browser)], ["1", "0"])
-
-    def test_nodes_that_were_cut_off_in_any_way(self) -> None:
-        """Model: a browser moves between nodes that hear the stream late and call early."""
-        for seed in range(150):
-            with self.subTest(seed), contextlib.closing(Model(random.Random(seed))) as model:
-                model.run(self)
-
-
-class Model:
-    """Three real hubs without threads, a stream, and a browser that moves between them.
-
-    Redis is cut off from each hub at any time, calls come in everywhere, a link that broke may
-    have brought its last batch into the stream or may do so much later.
-    """
-
-    def __init__(self, chance: random.Random) -> None:
-        self.chance = chance
-        self.stream: list[Entry] = []
-        self.calls = 0
-        # Redis's clock is decades behind ours, or centuries ahead.
-        self.clock = chance.choice((1_000, 9_000_000_000_000))
-        self.hubs = [ModelHub(self) for _ in range(3)]
-
-    def run(self, test: unittest.TestCase) -> None:
-        heard: list[str] = []
-        last = CallID(0, 0)
-        for _ in range(30):
-            hub = self.chance.choice(self.hubs)
-            with hub.browser(last) as browser:
-                for _ in range(self.chance.randrange(8)):
-                    self.step()
-                calls = hub.heard(browser)
-                # The rest is lost with the connection.
-                for phone, call_id in calls[: self.chance.randrange(len(calls) + 4)]:
-                    test.assertGreater(call_id, last)
-                    last = call_id
-                    heard.append(phone)
-        with hub.browser(last) as browser:
-            for each in self.hubs:
-                each.flush()
-            for each in self.hubs:
-                each.read(len(self.stream))
-            heard += [phone for phone, _ in hub.heard(browser)]
-        test.assertEqual(sorted(heard, key=int), [str(n) for n in range(self.calls)])
-
-    def step(self) -> None:
-        self.clock += self.chance.choice((0, 0, 1, 7))
-        hub = self.chance.choice(self.hubs)
-        steps: list[Callable[[], None]] = [hub.call, hub.call, hub.write, hub.lose_link]
-        steps += [
-            hub.be_patient,
-            hub.run_out_of_patience,
-            lambda: hub.read(2),
-            lambda: hub.read(99),
-        ]
-        self.chance.choice(steps)()
-
-    def close(self) -> None:
-        for hub in self.hubs:
-            hub.close()
-
-
-class ModelHub:
-    """A hub whose Relay and I/O thread are the steps of a model."""
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        config, _ = parse_config(b"SECRET_TOKEN=t\nHISTORY=86400", "f")
-        url = popup_notifier.parse_redis_url("redis://h")
-        manager = popup_notifier.ServiceManager({})
-        self.hub = popup_notifier.SharedHub(config, 10, url, manager)
-        self.hub.start_time -= 86400
-        self.stuck: list[list[popup_notifier.Pending]] = []
-        self.link()
-
-    def close(self) -> None:
-        for waker in (self.hub._waker, self.hub._relay._waker):
-            waker._reader.close()
-            waker._writer.close()
-        self.hub._selector.close()
-        self.hub._relay._selector.close()
-
-    def link(self) -> None:
-        self.hub.catch_up_from(self.model.clock, CallID(0, 0))
-        self.can_write = True
-
-    def call(self) -> None:
-        parameters = {"phone": str(self.model.calls), "exten": "all"}
-        self.model.calls += 1
-        self.hub.broadcast(parameters, "", lambda: None)
-
-    def be_patient(self) -> None:
-        self.hub._relay.state = popup_notifier.RelayState.UP
-
-    def run_out_of_patience(self) -> None:
-        self.hub._relay.state = popup_notifier.RelayState.AWAY
-        self.hub.deliver_early(float("inf"))
-
-    def write(self) -> None:
-        if not self.can_write:
-            self.link()
-        self.append(self.hub.next_batch())
-
-    def lose_link(self) -> None:
-        """Lose the link with a batch on its way, or let such a one arrive after all."""
-        if self.stuck and self.model.chance.random() < 0.5:
-            self.append(self.stuck.pop(0))
-        elif self.can_write:
-            self.can_write = False
-            self.stuck.append(self.hub.next_batch())
-
-    def flush(self) -> None:
-        for batch in self.stuck:
-            if self.model.chance.random() < 0.5:
-                self.append(batch)
-        self.run_out_of_patience()
-        self.link()
-        self.write()
-
-    def append(self, batch: list[popup_notifier.Pending]) -> None:
-        for pending in batch:
-            position = CallID(self.model.clock, len(self.model.stream))
-            entry = Entry(position, pending.mark, 0.0, "", dict(pending.parameters))
-            self.model.stream.append(entry)
-
-    def read(self, count: int) -> None:
-        position = self.hub._cursor.position
-        self.hub.receive([each for each in self.model.stream if each.position > position][:count])
-
-    @contextlib.contextmanager
-    def browser(self, since: CallID) -> Iterator[socket.socket]:
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        theirs.setblocking(False)
-        subscriber = popup_notifier.Subscriber(ours, ip_address("::1"), since=since)
-        self.hub.subscribe(subscriber, b"")
-        with theirs:
-            yield theirs
-        self.hub._take_over()
-        self.hub._abort(subscriber)
-
-    def heard(self, browser: socket.socket) -> list[tuple[str, CallID]]:
-        """Return what the browser has heard since its connection began."""
-        self.hub._take_over()
-        data, start, calls = browser.recv(1 << 20), 0, []
-        while start < len(data):
-            end = start + popup_notifier.frame_size(data, start)
-            message = json.loads(data[data.index(b'{"type"', start) : end])
-            start = end
-            if message["type"] == "CALL_IN":
-                calls.append((message["phone"], popup_notifier.parse_id(message["id"])))
-        return calls
 
 
 class Redis:
@@ -2506,15 +2253,11 @@ class Redis:
             sock.settimeout(TIMEOUT)
             sock.connect(self.path)
             sock.sendall(popup_notifier.serialize_command(*words))
-            codec = popup_notifier.RESP()
-            while True:
-                data = sock.recv(65536)
-                if not data:
-                    raise ConnectionError
-                codec.receive_data(data)
-                for reply in codec.replies_received():
-                    popup_notifier.check_replies([reply])
-                    return reply
+            with sock.makefile("rb") as replies:
+                reply = popup_notifier.read_reply(replies)
+            if isinstance(reply, RedisError):
+                raise reply
+            return reply
 
 
 def redis_metrics(daemon: Daemon) -> dict[str, float]:
@@ -2522,11 +2265,6 @@ def redis_metrics(daemon: Daemon) -> dict[str, float]:
     answer = daemon.exchange(b"GET /metrics HTTP/1.1\r\nHost: h\r\n\r\n").decode()
     found = re.findall(r"^popup_notifier_(redis\S*) (\S+)$", answer, re.MULTILINE)
     return {name: float(value) for name, value in found}
-
-
-def is_plain(message: dict[str, Any]) -> bool:
-    """Tell whether a call's ID is the stream's."""
-    return len(message["id"]) < 24
 
 
 UP = "Redis is up"
@@ -2554,7 +2292,7 @@ class TestRelay(unittest.TestCase):
             first, second = ([each.message() for _ in numbers] for each in browsers)
             self.assertEqual(first, second)
             self.assertEqual(len({each["phone"] for each in first}), len(numbers))
-            entries = [
+            _, *entries = [
                 name.decode() for name, _ in redis.ask("XRANGE", "popup-notifier", "-", "+")
             ]
             self.assertEqual([each["id"] for each in first], entries)
@@ -2569,20 +2307,21 @@ class TestRelay(unittest.TestCase):
     def test_position_is_the_same_on_every_daemon(self) -> None:
         with Redis() as redis, contextlib.ExitStack() as stack:
             one, other = self.pair(stack, redis)
-            with one.browser("?since=") as browser:
+            with one.browser("?since=") as browser, other.browser() as there:
                 browser.hello()
                 for number in range(4):
                     (one, other)[number % 2].trigger(
                         f"&exten={201 + number % 2}", phone=str(number)
                     )
                 position = browser.message()["id"]
+                browser.phones(3)
+                there.phones(4)
             for daemon in (one, other):
                 for query, expected in (("", "123"), ("&exten=202", "13")):
                     with daemon.browser(f"?since={position}{query}") as browser:
                         self.assertTrue(browser.hello()["complete"])
                         messages = [browser.message() for _ in expected]
                     self.assertEqual([each["phone"] for each in messages], [*expected])
-                    self.assertTrue(all(each["replayed"] for each in messages))
 
     def test_position_that_is_ahead_of_the_clocks(self) -> None:
         with Redis() as redis, contextlib.ExitStack() as stack:
@@ -2639,20 +2378,27 @@ class TestRelay(unittest.TestCase):
             for number in range(20):
                 self.assertEqual(one.trigger(f"&exten={201 + number % 2}", phone=str(number)), 200)
                 message = here.message()
-                self.assertEqual((message["phone"], is_plain(message)), (str(number), False))
+                self.assertEqual(message["phone"], str(number))
             self.assertLess(time.monotonic() - start, 20 * popup_notifier.REDIS_PATIENCE)
             self.assertEqual(redis_metrics(one)["redis_waiting_calls"], 20)
-            # On a daemon that has not heard of them, the ID alone says what was heard.
+            # On a daemon that has not heard of them, they come again: under the same keys.
             moved = stack.enter_context(other.browser(f"?since={message['id']}"))
             self.assertTrue(moved.hello()["complete"])
             redis.start()
             one.wait_for_log(UP, 2)
             self.assertEqual(there.phones(10), [str(number) for number in range(0, 20, 2)])
-            other.wait_for_log("call .*from 127", 20)
+            *_, last = [moved.message() for _ in range(20)]
+            self.assertEqual(last, {**message, "id": last["id"]})
             other.wait_for_log(UP, 2)
             other.trigger(phone="last")
             for browser in (here, there, moved):
                 self.assertEqual(browser.phones(1), ["last"])
+            # Who comes back now gets them once, from the stream.
+            for daemon in (one, other):
+                with daemon.browser(f"?since={message['id']}") as browser:
+                    self.assertTrue(browser.hello()["complete"])
+                    expected = [*(str(number) for number in range(20)), "last"]
+                    self.assertEqual(browser.phones(21), expected)
             for daemon in (one, other):
                 self.assertEqual(len(daemon.wait_for_log(AWAY)), 1)
 
@@ -2670,8 +2416,8 @@ class TestRelay(unittest.TestCase):
                 one.wait_for_log("listens on")
             redis.start()
             late = there.message()
-        self.assertNotIn("replayed", first)
-        self.assertTrue(late["replayed"])
+        self.assertEqual(late["key"], first["key"])
+        self.assertLess(abs(late["time"] - first["time"]), 1000)
         self.assertLess(late["time"], call_id(late)[0] - 1000)
 
     def test_call_that_waits_too_long_is_given_up(self) -> None:
@@ -2685,7 +2431,7 @@ class TestRelay(unittest.TestCase):
                 self.assertLess(time.monotonic(), deadline)
             redis.start()
             daemon.wait_for_log("1 calls did not reach the other nodes")
-            self.assertEqual(redis.ask("EXISTS", "popup-notifier"), 0)
+            self.assertEqual(redis.ask("XLEN", "popup-notifier"), 1)  # the one that is no call
 
     def test_calls_that_are_given_up_leave_the_memory(self) -> None:
         with Redis() as redis, Daemon(REDIS_URL=redis.url, HISTORY=0) as daemon:
@@ -2802,7 +2548,7 @@ class TestRelay(unittest.TestCase):
                     self.assertEqual(daemon.trigger(), 200)
                     with daemon.browser("?since=0-0") as browser:
                         browser.hello()
-                        self.assertTrue(is_plain(browser.message()))
+                        self.assertEqual(browser.phones(1), ["0312345678"])
                 with Daemon(REDIS_URL=url.replace("popup:", "poor:")) as daemon:
                     with daemon.browser() as browser:
                         self.assertEqual(daemon.trigger(), 200)
@@ -2810,17 +2556,13 @@ class TestRelay(unittest.TestCase):
                     daemon.wait_for_log(f'{AWAY}: {address} refuses: "NOPERM')
 
     def test_somebody_who_is_no_redis(self) -> None:
-        clock = b"*2\r\n$1\r\n1\r\n$1\r\n1\r\n"
         with socket.create_server(("127.0.0.1", 0)) as server:
             with Daemon(REDIS_URL=f"redis://127.0.0.1:{server.getsockname()[1]}") as daemon:
-                with server.accept()[0] as writer:
-                    writer.sendall(b"+OK\r\n")
-                    with server.accept()[0] as reader:
-                        reader.recv(4096)
-                        reader.sendall(b"+OK\r\n")
-                        reader.recv(4096)
-                        reader.sendall(clock + b"*1\r\n*1\r\n:5\r\n")
-                        daemon.wait_for_log(f"{AWAY}: .* answers as no Redis does: .*int")
+                # The two that connect are the one that reads and the one that writes.
+                with server.accept()[0] as one, server.accept()[0] as other:
+                    for sock in (one, other):
+                        sock.sendall(b"+OK\r\n" + 3 * b":5\r\n")
+                    daemon.wait_for_log(f"{AWAY}: .* answers as no Redis does: ")
                 self.assertEqual(daemon.trigger(), 200)
 
     def test_key_that_holds_something_else(self) -> None:
@@ -2831,11 +2573,14 @@ class TestRelay(unittest.TestCase):
                 self.assertEqual(daemon.trigger(), 200)
                 redis.ask("DEL", "popup-notifier")
                 daemon.wait_for_log(UP)
-                self.assertEqual(redis.ask("XLEN", "popup-notifier"), 1)
+                # The call is there, behind the entry that begins the stream.
+                until(
+                    lambda: redis.ask("XLEN", "popup-notifier") == 2, "the call is in the stream"
+                )
 
     def test_entries_that_are_not_ours_are_passed_over(self) -> None:
-        strange = [("a", "b"), ("node", "1"), ("node", "x", "number", "1", "parameters", "{}")]
-        ours = ("node", "1", "number", "1", "age", "0", "source", "", "parameters")
+        strange = [("a", "b"), ("key", "a-1"), ("key", "é", "time", "1", "parameters", "{}")]
+        ours = ("key", "a-1", "time", "1", "source", "", "parameters")
         with Redis() as redis, Daemon(REDIS_URL=redis.url) as daemon:
             daemon.wait_for_log(UP)
             with daemon.browser() as browser:
@@ -2843,8 +2588,8 @@ class TestRelay(unittest.TestCase):
                 strange += [(*ours, text) for text in ("{", "[]", '{"phone": []}', "{}", long)]
                 # Of the right shape: each of them would end the relay, or begin a log line.
                 good = '{"phone": "1", "exten": "all"}'
-                for age, source in [("9" * 400, ""), ("-1", ""), ("0", "x\nforged"), ("0", "é")]:
-                    odd = ("node", "1", "number", "1", "age", age, "source", source)
+                for at, source in [("9" * 400, ""), ("-1", ""), ("0", "x\nforged"), ("0", "é")]:
+                    odd = ("key", "a-1", "time", at, "source", source)
                     strange.append((*odd, "parameters", good))
                 for words in strange:
                     redis.ask("XADD", "popup-notifier", "*", *words)
@@ -2883,8 +2628,7 @@ class TestRelay(unittest.TestCase):
             redis.ask("FLUSHALL")
             one.trigger(phone="1")
             self.assertEqual((here.phones(1), there.phones(1)), (["1"], ["1"]))
-            one.wait_for_log("do not come back")
-            one.wait_for_log(UP, 2)
+            one.wait_for_log("Redis has lost calls")
             one.trigger(phone="2")
             self.assertEqual((here.phones(1), there.phones(1)), (["2"], ["2"]))
 
@@ -2918,7 +2662,7 @@ class TestRelay(unittest.TestCase):
     def test_without_a_url_nothing_changes(self) -> None:
         with Daemon() as daemon, daemon.browser() as browser:
             daemon.trigger()
-            self.assertRegex(browser.message()["id"], r"^\d{13}-0$")
+            self.assertRegex(browser.message()["id"], r"^\d{13}-1$")
             self.assertEqual(daemon.status("Threads"), 2)
             self.assertEqual(redis_metrics(daemon), {})
             self.assertNotIn("Redis", "".join(daemon.lines))
@@ -2934,6 +2678,7 @@ class Agent(threading.Thread):
         self.chance = chance
         self.messages: list[dict[str, Any]] = []
         self.heard: set[str] = set()
+        self.keys: set[str] = set()
         self.is_complete = True
         self.position = ""
 
@@ -2951,11 +2696,12 @@ class Agent(threading.Thread):
     def listen(self, browser: Browser, count: int) -> None:
         hello = browser.hello()
         self.is_complete &= hello["complete"]
-        self.position = self.position or hello["id"]
+        self.position = hello["id"]
         while count and "end" not in self.heard:
             message = browser.message()
-            self.position = message["id"]  # of an ALIVE, too
-            if message["type"] == "CALL_IN":
+            self.position = message["id"]
+            if message["key"] not in self.keys:
+                self.keys.add(message["key"])
                 self.messages.append(message)
                 self.heard.add(message["phone"])
                 count -= 1
@@ -2996,7 +2742,8 @@ class TestRelayUnderFire(unittest.TestCase):
                 agent.join(TIMEOUT)
             for agent in agents:
                 self.check(agent, set().union(*answered))
-            self.check_order(agents)
+            names = {message["key"]: message["phone"] for a in agents for message in a.messages}
+            self.assertEqual(len(names), len(set(names.values())))
 
     def call(
         self, daemons: list[Daemon], index: int, answered: set[str], is_over: threading.Event
@@ -3055,18 +2802,6 @@ class TestRelayUnderFire(unittest.TestCase):
         phones = [message["phone"] for message in agent.messages]
         self.assertEqual(len(phones), len(set(phones)), "a call came twice")
         self.assertEqual(answered - agent.heard, set(), "calls are missing")
-        ids = [call_id(message) for message in agent.messages]
-        self.assertEqual(ids, sorted(set(ids)))
-
-    def check_order(self, agents: list[Agent]) -> None:
-        """Where the IDs are the stream's, they name the same call for everybody."""
-        names: dict[str, str] = {}
-        for agent in agents:
-            for message in filter(is_plain, agent.messages):
-                self.assertEqual(
-                    names.setdefault(message["id"], message["phone"]), message["phone"]
-                )
-        self.assertGreater(len(names), 200)
 
 
 def waiting_calls(daemon: Daemon) -> float:
@@ -3074,7 +2809,7 @@ def waiting_calls(daemon: Daemon) -> float:
     return redis_metrics(daemon)["redis_waiting_calls"]
 
 
-# --- 8. systemd --------------------------------------------------------------------------------
+# --- 9. Supervision ----------------------------------------------------------------------------
 
 
 class TestServiceManager(unittest.TestCase):
@@ -3108,25 +2843,27 @@ class TestServiceManager(unittest.TestCase):
             told("^STOPPING=1$")
             self.assertEqual(daemon.process.wait(TIMEOUT), 0)
 
-    def test_hub_that_hangs_feeds_no_watchdog_and_is_not_healthy(self) -> None:
-        poison = (
-            "import sys, threading\n"
-            f"sys.path.insert(0, {str(HERE)!r})\n"
-            "import popup_notifier\n"
-            "popup_notifier.Hub._deliver = lambda *args: threading.Event().wait()\n"
-            "sys.exit(popup_notifier.main())\n"
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            program = Path(folder, "poisoned.py")
-            program.write_text(poison)
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-                manager.bind(str(Path(folder, "notify")))
-                manager.settimeout(TIMEOUT)
-                environ = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "100000"}
-                with Daemon(program=program, environ=environ) as daemon:
-                    self.assertIn("200 OK", self.health(daemon))
+    def test_thread_that_hangs_feeds_no_watchdog_and_is_not_healthy(self) -> None:
+        hang = "lambda *args: threading.Event().wait()"
+        for name, what in (("hub", "Hub._deliver"), ("clients", "parse_subscription")):
+            with self.subTest(name), patched(f"{what} = {hang}") as program:
+                self.hang(name, program)
+
+    def hang(self, name: str, program: Path) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.bind(str(program.parent / "notify"))
+            manager.settimeout(TIMEOUT)
+            environ = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "100000"}
+            port = free_port()
+            with Daemon(program=program, environ=environ, CLIENT_PORT=port) as daemon:
+                self.assertIn("200 OK", self.health(daemon))
+                with daemon.connect(port=port) as sock:
+                    if name == "clients":
+                        sock.sendall(handshake())
                     self.assertEqual(daemon.trigger(), 200)
-                    self.assertIn("503 Service Unavailable", self.health(daemon))
+                    answer = self.health(daemon)
+                    self.assertIn("503 Service Unavailable", answer)
+                    self.assertIn(f"no sign of life from the thread {name}", answer)
                     manager.setblocking(False)
                     with contextlib.suppress(BlockingIOError):
                         while True:
@@ -3135,12 +2872,36 @@ class TestServiceManager(unittest.TestCase):
                     self.health(daemon)
                     with self.assertRaises(BlockingIOError):
                         manager.recv(4096)
+                daemon.process.kill()
+
+    def test_thread_that_ends_by_a_bug_ends_the_daemon(self) -> None:
+        bug = "lambda *args: 1 / 0"
+        for what in ("Hub._deliver", "Server._until_deadline"):
+            with self.subTest(what), patched(f"{what} = {bug}") as program:
+                with tempfile.TemporaryFile() as log:
+                    config = Path(program.parent, "popup-notifier.conf")
+                    port = free_port()
+                    keys = {**CONFIG, "PORT": port, "CLIENT_PORT": free_port()}
+                    config.touch(0o600)
+                    config.write_text("".join(f"{key}={value}\n" for key, value in keys.items()))
+                    command = [sys.executable, str(program), "--config", str(config)]
+                    process = subprocess.Popen(command, stderr=log)
+                    deadline = time.monotonic() + TIMEOUT
+                    while process.poll() is None and time.monotonic() < deadline:
+                        with contextlib.suppress(OSError), socket.socket() as sock:
+                            sock.settimeout(TIMEOUT)
+                            sock.connect(("127.0.0.1", port))
+                            sock.sendall(trigger_request("?phone=1&token={token}", "", b""))
+                            receive_all(sock)
+                    self.assertEqual(process.wait(TIMEOUT), 1)
+                    log.seek(0)
+                    self.assertIn("ZeroDivisionError", log.read().decode())
 
     def health(self, daemon: Daemon) -> str:
         return daemon.exchange(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n").decode()
 
 
-# --- 9. Command line ---------------------------------------------------------------------------
+# --- 10. Command line --------------------------------------------------------------------------
 
 
 class TestCommandLine(unittest.TestCase):
@@ -3304,7 +3065,7 @@ class TestReload(unittest.TestCase):
                 daemon, "configuration reloaded", CRMWS_ALLOW="127.0.0.1", SECRET_TOKEN="new"
             )
             self.assertEqual(goes.closed_with()[0], CloseCode.POLICY_VIOLATION)
-            daemon.wait_for_log("browser dropped: 127.0.0.2 is no longer in CRMWS_ALLOW")
+            daemon.wait_for_log("127.0.0.2 is no longer admitted: 127.0.0.2 is not in CRMWS_ALLOW")
             self.assertEqual(daemon.trigger(), 401)
             self.assertEqual(daemon.trigger(token="new"), 200)
             self.assertEqual(stays.phones(1), ["0312345678"])
@@ -3366,10 +3127,13 @@ class TestSlowBrowsers(unittest.TestCase):
     """Browsers that do not read, or not fast enough."""
 
     KILOBYTE = "&name=" + "x" * 880  # makes a frame of about 1 KB
+    QUICK_VERDICT = f"STALL_TIMEOUT = 1; CLOSE_TIMEOUT = {TIMEOUT}"
 
     def test_stalled_browsers_are_dropped_and_harm_nobody(self) -> None:
         calls = [f"{number:04}" for number in range(4000)]
-        with Daemon() as daemon, contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
+            program = stack.enter_context(patched("STALL_TIMEOUT = 2"))
+            daemon = stack.enter_context(Daemon(program=program))
             pool = stack.enter_context(ThreadPoolExecutor(40))
             others = [stack.enter_context(daemon.browser()) for _ in range(3)]
             stalled = [
@@ -3390,12 +3154,13 @@ class TestSlowBrowsers(unittest.TestCase):
             dropped = daemon.wait_for_log("browser dropped: ")
             self.assertEqual(len(dropped), 5, dropped)
             for line in dropped:
-                self.assertRegex(line, r"127\.0\.0\.2 is too slow, \d+ bytes wait for it$")
+                self.assertRegex(line, r"127\.0\.0\.2 is too slow: it took nothing for \d+ s$")
             self.assertLess(daemon.status("VmHWM") - before, 20 * 1024)
 
     def test_stalled_browser_that_reads_again_gets_whole_frames_and_1008(self) -> None:
-        with Daemon() as daemon, daemon.browser(receive_buffer=2048) as browser:
-            self.stall_and_wake_up(daemon, browser)
+        with patched(self.QUICK_VERDICT) as program, Daemon(program=program) as daemon:
+            with daemon.browser(receive_buffer=2048) as browser:
+                self.stall_and_wake_up(daemon, browser)
 
     @needs("openssl")
     def test_stalled_browser_over_tls_gets_whole_frames_and_1008(self) -> None:
@@ -3403,8 +3168,13 @@ class TestSlowBrowsers(unittest.TestCase):
             make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
             command = [*make.split(), "-keyout", f"{folder}/key", "-out", f"{folder}/cert"]
             subprocess.run(command, check=True, capture_output=True)
-            port, cert, key = free_port(), f"{folder}/cert", f"{folder}/key"
-            with Daemon(CLIENT_PORT=port, USE_SSL="yes", CERT_FILE=cert, KEY_FILE=key) as daemon:
+            port = free_port()
+            keys: dict[str, Any] = {"USE_SSL": "yes", "CLIENT_PORT": port}
+            keys |= {"CERT_FILE": f"{folder}/cert", "KEY_FILE": f"{folder}/key"}
+            with (
+                patched(self.QUICK_VERDICT) as program,
+                Daemon(program=program, **keys) as daemon,
+            ):
                 context = ssl.create_default_context(cafile=f"{folder}/cert")
                 sock = daemon.connect(port=port, receive_buffer=2048)
                 with Browser(context.wrap_socket(sock, server_hostname="localhost")) as browser:
@@ -3412,11 +3182,10 @@ class TestSlowBrowsers(unittest.TestCase):
 
     def stall_and_wake_up(self, daemon: Daemon, browser: Browser) -> None:
         """Call a browser that does not read until it is dropped; then let it read."""
-        numbers = itertools.count()
-        while not any("is too slow" in line for line in daemon.lines):
-            sent = next(numbers)
-            self.assertLess(sent, 5000, "it is kept whatever waits for it")
-            daemon.trigger(self.KILOBYTE, f"{sent:04}")
+        sent = 5000  # more than the kernel takes
+        for number in range(sent):
+            daemon.trigger(self.KILOBYTE, f"{number:04}")
+        daemon.wait_for_log("is too slow")
         # It wakes up: there is room now for all that is on its way.
         browser.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         heard = []
@@ -3426,7 +3195,7 @@ class TestSlowBrowsers(unittest.TestCase):
             opcode, payload = browser.frame()
         self.assertEqual((opcode, payload), (Opcode.CLOSE, b"\x03\xf0too slow"))
         self.assertEqual(heard, [f"{number:04}" for number in range(len(heard))])
-        self.assertLess(len(heard), sent - 400)  # what waited was discarded
+        self.assertLess(len(heard), sent)  # the rest is in the log alone
         browser.send(Opcode.CLOSE, payload[:2])
         self.assertEqual(receive_all(browser.sock), b"")
         self.assertEqual(len(daemon.wait_for_log("browser ")), 2)  # connected, dropped
@@ -4716,12 +4485,13 @@ class BrowserTests(unittest.TestCase):
     def test_missed_calls_are_listed_and_do_not_ring(self) -> None:
         start = 1763870000000
 
-        def call(age: int, phone: str, **more: object) -> dict[str, Any]:
-            fields = {"type": "CALL_IN", "id": f"{start - age}-0", "phone": phone, "exten": "all"}
-            return {**fields, "data": {"phone": phone, "exten": "all"}, **more}
+        def call(age: int, phone: str) -> dict[str, Any]:
+            fields = {"type": "CALL_IN", "id": f"{start - age}-0", "key": phone, "exten": "all"}
+            data = {"phone": phone, "exten": "all"}
+            return {**fields, "time": start - age, "phone": phone, "data": data}
 
         hello = {"type": "HELLO", "id": f"{start}-0", "complete": False, "interval": 25}
-        old, new = call(31000, "1", replayed=True), call(29000, "2", replayed=True)
+        old, new = call(31000, "1"), call(29000, "2")
         with FakeDaemon({**hello, "time": start}, old, new, call(-1, "3")) as daemon:
             tab = self.open_connected(daemon)
             kinds = ["切断中の着信", "着信", "着信"]
@@ -4744,7 +4514,7 @@ class BrowserTests(unittest.TestCase):
 
         def call(age: int, phone: str) -> dict[str, Any]:
             fields = {"type": "CALL_IN", "id": f"{start}-{10**30 + age}", "time": start - age}
-            return {**fields, "data": {"phone": phone, "exten": "all"}, "replayed": True}
+            return {**fields, "key": phone, "data": {"phone": phone, "exten": "all"}}
 
         with FakeDaemon({**hello, "time": start}, call(31000, "1"), call(1000, "2")) as daemon:
             tab = self.open_connected(daemon)
