@@ -92,6 +92,8 @@ OVERTAKING = 3.0
 READ_SIZE = 16 * 1024
 LOGGED_EXTENS = 10  # this many are named when nobody wanted a call
 LOGGED_ARRIVALS = 4  # of browsers that come at once, this many are named in the log
+MAX_JOINED = 64  # slices whose frames are kept joined, 4 MiB: a crowd comes back at one place
+TURN_SLICES = 4  # that a browser is sent before the others have their turn
 MAX_UNANSWERED = 2  # pings; then a browser is gone
 # Of the interval: pings that are due within it leave together. To wake for each of 10,000
 # browsers, and again for its answer, costs three times as much.
@@ -1358,10 +1360,11 @@ class Loop:
 
     def watch(self, sock: socket.socket, events: int, owner: object) -> None:
         """Let wait() return a socket's owner when it is ready for READ or WRITE. Any thread."""
-        try:
-            self._selector.modify(sock, events, owner)
-        except KeyError:
-            self._selector.register(sock, events, owner)
+        self._selector.register(sock, events, owner)
+
+    def change(self, sock: socket.socket, events: int, owner: object) -> None:
+        """Watch a socket for something else."""
+        self._selector.modify(sock, events, owner)
 
     def forget(self, sock: socket.socket) -> None:
         """Stop watching a socket, before it is closed."""
@@ -1628,6 +1631,7 @@ class Hub:
         self._pings: DeadlineQueue[Browser] = DeadlineQueue(config.ping_interval)
         self._stalled: DeadlineQueue[Browser] = DeadlineQueue(STALL_TIMEOUT)
         self._leaving: DeadlineQueue[Browser] = DeadlineQueue(CLOSE_TIMEOUT)
+        self._joined: dict[tuple[object, ...], tuple[bytes, int]] = {}  # slices, see _load()
         self._stop_deadline: float | None = None
 
     # For other threads.
@@ -1834,7 +1838,7 @@ class Hub:
             return
         browser.rest = memoryview(frames)[sent:]
         if browser in self._leaving:
-            self.loop.watch(browser.sock, READ | WRITE, browser)
+            self.loop.change(browser.sock, READ | WRITE, browser)
         else:
             browser.place = self._place
             self._lag(browser)
@@ -1842,10 +1846,12 @@ class Hub:
     def _admit(self, browser: Browser) -> None:
         """Let a browser that has arrived keep up, or begin at its place."""
         self._pings.add(browser, self._now)
-        if browser.place == self._place and browser.since is None and not browser.rest:
-            self._keep_up(browser)
-        else:
+        if browser.place < self._place or browser.since is not None or browser.rest:
             self._lag(browser)
+            return
+        self._keeping_up.add(browser)
+        if browser.leftover:
+            self._listen(browser)
 
     def _lag(self, browser: Browser) -> None:
         """Send a browser the rest from its place, when its socket has room."""
@@ -1854,7 +1860,7 @@ class Hub:
         if browser not in self._lagging:
             self._lagging.add(browser)
         self._stalled.add(browser, self._now)
-        self.loop.watch(browser.sock, WRITE, browser)
+        self.loop.change(browser.sock, WRITE, browser)
 
     def _keep_up(self, browser: Browser) -> None:
         """Send a browser each call as it comes, and listen to it."""
@@ -1864,52 +1870,71 @@ class Hub:
 
     def _listen(self, browser: Browser) -> None:
         self._stalled.discard(browser)
-        self.loop.watch(browser.sock, READ, browser)
+        self.loop.change(browser.sock, READ, browser)
         leftover, browser.leftover = browser.leftover, b""
         if leftover:
             self._data_received(browser, leftover)
 
     def _feed(self, browser: Browser) -> None:
-        """Send on to a browser whose socket has room: one slice, then it is the others' turn."""
-        is_leaving = browser in self._leaving
-        if not browser.rest and not is_leaving and not self._load(browser):
+        """Send on to a browser whose socket has room: some slices, then it is the others' turn."""
+        if browser in self._leaving:
+            if self._flush(browser):
+                self.loop.change(browser.sock, READ, browser)
+                self._hang_up_if_closed(browser)
             return
+        for _ in range(TURN_SLICES):
+            if not browser.rest and not self._load(browser):
+                self._evict(browser, "the next calls for it are forgotten")
+                return
+            if not self._flush(browser):
+                return
+            self._stalled.add(browser, self._now)
+            if browser.place == self._place:
+                break
+        else:
+            return
+        if browser.since is None:
+            self._keep_up(browser)
+        else:
+            self._ahead[browser] = None
+            self._listen(browser)
+
+    def _flush(self, browser: Browser) -> bool:
+        """Send what is left of the last send; tell whether all of it went."""
         if browser.rest:
             try:
                 browser.rest = browser.rest[browser.send(browser.rest) :]
             except WOULD_BLOCK:
-                return
+                return False
             except OSError as error:
                 self._lose(browser, error)
-                return
-        if is_leaving:
-            if not browser.rest:
-                self.loop.watch(browser.sock, READ, browser)
-                self._hang_up_if_closed(browser)
-            return
-        self._stalled.add(browser, self._now)
-        if not browser.rest and browser.place == self._place:
-            if browser.since is None:
-                self._keep_up(browser)
-            else:
-                self._ahead[browser] = None
-                self._listen(browser)
+                return False
+            if browser.rest and browser in self._stalled:
+                self._stalled.add(browser, self._now)  # it takes what we send
+        return not browser.rest
 
     def _load(self, browser: Browser) -> bool:
         """Take the next slice of what a browser is owed; False when it is forgotten."""
-        slice_ = self._log.read(browser.place, self._place)
-        if slice_ is None:
-            self._evict(browser, "the next calls for it are forgotten")
-            return False
-        browser.place = slice_.end
-        frames = [call.frame for call in slice_.calls if browser.wants(call)]
+        # Those who come back together share what is joined for the first of them.
+        key = (browser.place, self._place, browser.extens, browser.since)
+        joined = self._joined.get(key)
+        if joined is None:
+            slice_ = self._log.read(browser.place, self._place)
+            if slice_ is None:
+                return False
+            frames = b"".join([call.frame for call in slice_.calls if browser.wants(call)])
+            joined = frames, slice_.end
+            if len(self._joined) == MAX_JOINED:
+                self._joined.clear()
+            self._joined[key] = joined
+        frames, browser.place = joined
         if browser.place == self._place and (
             browser.since is None or browser.since <= self._position
         ):
             browser.since = None
             if browser.recovers:
-                frames.append(serialize_alive(self._position, self.stream.clock()))
-        browser.rest = memoryview(b"".join(frames))
+                frames += serialize_alive(self._position, self.stream.clock())
+        browser.rest = memoryview(frames)
         return True
 
     # The Hub's thread: what browsers say, or do not say.
@@ -1998,7 +2023,7 @@ class Hub:
         """Send a browser no more calls; it has CLOSE_TIMEOUT to hang up."""
         self._unregister(browser)
         self._leaving.add(browser, self._now)
-        self.loop.watch(browser.sock, READ | WRITE if browser.rest else READ, browser)
+        self.loop.change(browser.sock, READ | WRITE if browser.rest else READ, browser)
 
     def _hang_up_if_closed(self, browser: Browser) -> None:
         """Send FIN once Close frames went both ways, or the connection was failed.
@@ -2237,7 +2262,7 @@ def parse_body(request: Request, body: bytes) -> list[tuple[str, object]]:
 def parse_form(encoded: bytes) -> list[tuple[str, object]]:
     """Return the pairs of a query string or a form body; what is not UTF-8 as surrogates."""
     pairs: list[tuple[str, object]] = []
-    for piece in encoded.split(b"&"):
+    for piece in encoded.split(b"&") if encoded else ():
         raw_name, _, raw_value = piece.partition(b"=")
         if raw_name:
             name = decode_form(raw_name.replace(b"+", b" "))
@@ -2794,10 +2819,11 @@ class RequestHandler:
         offered = [each for each in offered if each]
         # First what a page may learn by a plain GET, when its handshake was refused. It may give
         # its token as a subprotocol.
-        given = [str(value) for name, value in parse_form(self.request.query) if name == "token"]
+        pairs = parse_form(self.request.query)
+        given = [str(value) for name, value in pairs if name == "token"]
         visitor = Visitor(connection.address, fields.get("origin"), (*given, *offered))
         check_visitor(self.server.config, visitor)
-        extens, since, recovers = parse_subscription(self.request.query)
+        extens, since, recovers = parse_subscription(pairs)
         if hub.count() >= hub.max_browsers:
             raise no_room(hub)
         if self.request.minor == 0:
@@ -2918,11 +2944,13 @@ def uptime() -> float:
     return round(time.monotonic() - START, 3)
 
 
-def parse_subscription(query: bytes) -> tuple[frozenset[str], CallID | None, bool]:
+def parse_subscription(
+    pairs: Iterable[tuple[str, object]],
+) -> tuple[frozenset[str], CallID | None, bool]:
     """Return the extensions that a browser asks for, its position, and whether it recovers."""
     extens: set[str] = set()
     since, recovers = None, False
-    for name, value in parse_form(query):
+    for name, value in pairs:
         text = str(value)
         if name == "exten":
             extens |= split_extens(text)

@@ -262,15 +262,13 @@ class Daemon:
 
 
 @contextlib.contextmanager
-def patched(statements: str) -> Iterator[Path]:
-    """Give a program that is the daemon after some statements, such as `STOP_TIMEOUT = 1`."""
+def patched(*statements: str) -> Iterator[Path]:
+    """Give a program that is the daemon (p) after some statements, such as `p.LIMIT = 1`."""
+    head = f"import os, sys, threading, time\nsys.path.insert(0, {str(HERE)!r})\n"
+    text = "\n".join(["import popup_notifier as p", *statements, "sys.exit(p.main())", ""])
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "patched.py")
-        lines = [f"popup_notifier.{each.strip()}" for each in statements.split(";")]
-        program.write_text(
-            f"import sys, threading\nsys.path.insert(0, {str(HERE)!r})\nimport popup_notifier\n"
-            + "\n".join([*lines, "sys.exit(popup_notifier.main())\n"])
-        )
+        program.write_text(head + text)
         yield program
 
 
@@ -507,6 +505,9 @@ class TestConfig(unittest.TestCase):
         for text in (
             "SECRET_TOKEN=geheim geheim",
             "SECRET_TOKEN geheim",
+            "SECRET_TOKEN:geheim",
+            "SECRET_TOKEN: geheim=geheim",
+            "geheim",
             b"SECRET_TOKEN=geheim\xff",
         ):
             with self.subTest(text), self.assertRaises(ConfigError) as caught:
@@ -998,6 +999,114 @@ class TestCall(unittest.TestCase):
         self.assertRegex(second, r'-2: answer phone="0.*" exten="202" uniqueid="1.5" ' + to_both)
 
 
+class TestCallTracker(unittest.TestCase):
+    """Who is told of a call: whoever saw it ring hears of its answer and its end."""
+
+    # (what it is, [(event, exten, seconds after the one before, who is told)])
+    TABLE: ClassVar[list[tuple[str, list[tuple[str, str, float, str]]]]] = [
+        ("one phone", [("ring", "201", 0, "201"), ("answer", "201", 9, "201")]),
+        (
+            "a group",
+            [
+                ("ring", "201", 0, "201"),
+                ("ring", "202", 0.1, "202"),
+                ("answer", "202", 9, "201,202"),
+                ("end", "all", 9, "201,202"),
+            ],
+        ),
+        ("a pick-up", [("ring", "201", 0, "201"), ("answer", "209", 5, "201,209")]),
+        (
+            "a transfer",
+            [
+                ("ring", "all", 0, "all"),
+                ("answer", "201", 5, "all,201"),
+                ("ring", "202", 30, "202"),
+                ("answer", "202", 5, "all,201,202"),
+                ("end", "201", 30, "all,201,202"),
+            ],
+        ),
+        ("an end of which nobody knows", [("end", "all", 0, "all")]),
+        (
+            "answer before ring",
+            [("answer", "201", 0, "201"), ("ring", "all", 0.1, "201"), ("ring", "202", 0.1, "")],
+        ),
+        (
+            "end before ring",
+            [
+                ("end", "all", 0, "all"),
+                ("ring", "201", 0.1, "201"),
+                ("answer", "201", 0.1, "all,201"),
+            ],
+        ),
+        (
+            "end before answer",
+            [("ring", "201", 0, "201"), ("end", "all", 9, "201"), ("answer", "201", 1, "201")],
+        ),
+        ("ring long after an answer", [("answer", "201", 0, "201"), ("ring", "202", 3, "202")]),
+        (
+            "forgotten at its end",
+            [
+                ("ring", "201", 0, "201"),
+                ("end", "all", 9, "201"),
+                ("ring", "202", 3.1, "202"),
+                ("answer", "202", 9, "202"),
+            ],
+        ),
+        (
+            "forgotten with the history",
+            [("ring", "201", 0, "201"), ("answer", "202", 60.1, "202"), ("end", "all", 1, "202")],
+        ),
+    ]
+
+    def test_table(self) -> None:
+        for label, events in self.TABLE:
+            tracker, now = popup_notifier.CallTracker(), 1000.0
+            for event, exten, delay, told in events:
+                now += delay
+                parameters = {"phone": "1", "exten": exten, "uniqueid": "9.1", "event": event}
+                with self.subTest(label, event=event, exten=exten):
+                    extens = popup_notifier.split_extens(told)
+                    self.assertEqual(tracker.track(parameters, now, 60), extens)
+
+    def test_it_does_not_grow(self) -> None:
+        tracker = popup_notifier.CallTracker()
+        for number in range(popup_notifier.MAX_HISTORY + 9):
+            tracker.track({"exten": "201", "uniqueid": str(number)}, 0.0, 60)
+        answer = {"exten": "202", "event": "answer"}
+        for unique, told in (("9999", {"201", "202"}), ("0", {"202"})):
+            self.assertEqual(tracker.track({**answer, "uniqueid": unique}, 1.0, 60), told)
+
+
+class TestLog(unittest.TestCase):
+    """The only copy of a call."""
+
+    def test_frame_is_the_same_live_late_and_again(self) -> None:
+        with Daemon() as daemon, daemon.browser() as live:
+            with daemon.browser("?since=") as browser:
+                position = browser.hello()["id"]
+            for number in range(3):
+                daemon.trigger("&exten=201&name=x", phone=str(number))
+            frames = [live.frame() for _ in range(3)]
+            for query in ("", "&exten=201"):
+                with daemon.browser(f"?since={position}{query}") as again:
+                    again.hello()
+                    self.assertEqual([again.frame() for _ in range(3)], frames)
+                    alive = json.loads(again.frame()[1])
+                    last = json.loads(frames[-1][1])["id"]
+                    self.assertEqual((alive["type"], alive["id"]), ("ALIVE", last))
+
+    def test_those_who_never_read_the_history_cost_no_memory(self) -> None:
+        with Daemon(HISTORY=600) as daemon, contextlib.ExitStack() as stack:
+            for number in range(4000):
+                daemon.trigger(TestSlowBrowsers.KILOBYTE, str(number))
+            before = daemon.status("VmRSS")
+            for _ in range(30):
+                stack.enter_context(daemon.browser("?since=0-0", receive_buffer=2048))
+            daemon.trigger(phone="last")
+            daemon.wait_for_log('call .*"last".* to 30 browsers')
+            self.assertLess(daemon.status("VmHWM") - before, 10 * 1024)  # they ask for 120 MB
+
+
 # --- 5. Hub ------------------------------------------------------------------------------------
 
 
@@ -1187,6 +1296,31 @@ class TestSubscription(unittest.TestCase):
             events = [browser.message()["data"]["event"] for _ in range(3)]
         self.assertEqual(events, ["ring", "answer", "end"])
 
+    def test_end_is_heard_by_who_saw_it_ring_whatever_its_exten(self) -> None:
+        with Daemon() as daemon, contextlib.ExitStack() as stack:
+            one, other = (
+                stack.enter_context(daemon.browser(f"?exten={exten}")) for exten in (201, 202)
+            )
+            for query in ("&exten=201", "&event=end", "&exten=201&event=ring"):
+                daemon.trigger(f"{query}&uniqueid=9.1", phone="1")
+            daemon.trigger("&exten=201&event=end&uniqueid=9.1", phone="1")
+            daemon.trigger("&exten=202", phone="2")
+            events = [one.message()["data"].get("event") for _ in range(4)]
+            self.assertEqual(events, [None, "end", "ring", "end"])
+            self.assertEqual(other.phones(1), ["2"])
+
+    def test_log_names_the_page_of_a_browser(self) -> None:
+        head = handshake("/crmws?exten=202,201").replace(
+            b"\r\n\r\n", b"\r\nOrigin: https://crm\x01.example\r\n\r\n"
+        )
+        with Daemon() as daemon, daemon.connect() as sock, daemon.browser("?exten=%07"):
+            sock.sendall(head.replace(b"\x01", b""))
+            sock.recv(4096)
+            text = r'127\.0\.0\.1 origin="https://crm.example" exten="201,202"'
+            daemon.wait_for_log(f"browser connected: .*{text}")
+            daemon.trigger("&exten=9")
+            daemon.wait_for_log(r'0 browsers: 2 connected, for .*"\\x07"')
+
     def test_ring_that_its_answer_overtook_is_heard_by_who_answered(self) -> None:
         with Daemon() as daemon, contextlib.ExitStack() as stack:
             one, other = (
@@ -1355,6 +1489,12 @@ HEADS: list[tuple[str, bytes, int | None]] = [
     ("TLS", b"\x16\x03\x01\x02\x00\x01\x00", 400),
     ("no Host", b"GET / HTTP/1.1", 400),
     ("two Hosts", b"GET / HTTP/1.1\r\nHost: a\r\nHost: b", 400),
+    ("host and port", b"GET / HTTP/1.1\r\nHost: pbx-1.example_:8989", None),
+    ("IPv6 address", b"GET / HTTP/1.1\r\nHost: [::1]:8989", None),
+    ("blank in Host", b"GET / HTTP/1.1\r\nHost: a b", 400),
+    ("path in Host", b"GET / HTTP/1.1\r\nHost: a/b", 400),
+    ("user in Host", b"GET / HTTP/1.1\r\nHost: u@a", 400),
+    ("quotes in Host, HTTP/1.0", b'GET / HTTP/1.0\r\nHost: "a"', 400),
     ("blank before the colon", b"GET / HTTP/1.1\r\nHost : h", 400),
     ("folded line", b"GET / HTTP/1.1\r\nHost: h\r\n folded", 400),
     ("no colon", b"GET / HTTP/1.1\r\nHost: h\r\nwhat", 400),
@@ -1450,6 +1590,20 @@ GOOD_TRIGGERS: list[tuple[str, str, str, bytes, dict[str, str]]] = [
         {"phone": "1", "exten": "201,202"},
     ),
     ("no value", "?phone=1&vip&token={token}", "", b"", {"phone": "1", "exten": "all", "vip": ""}),
+    (
+        "a name cut in the middle of a character",
+        "?phone=1&name=%E5%B1%B1%E7%94&x%ff=1&token={token}",
+        "",
+        b"",
+        {"phone": "1", "exten": "all", "name": "山\ufffd", "x\ufffd": "1"},
+    ),
+    (
+        "a name in JSON that is not UTF-8",
+        "?token={token}",
+        JSON_TYPE,
+        b'{"phone":"1","name":"\x83\x65\\ud800"}',
+        {"phone": "1", "exten": "all", "name": "\ufffde\ufffd"},
+    ),
     ("stray signs", "?&&phone=1&=x&token={token}&", "", b"", {"phone": "1", "exten": "all"}),
     (
         "the longest value",
@@ -1471,6 +1625,17 @@ BAD_TRIGGERS: list[tuple[str, str, str, bytes, int, str]] = [
     ("the token goes first", "?token=x", "", b"", 401, "token"),
     ("the token goes before a broken body", "?token=x", JSON_TYPE, b"{", 401, "token"),
     ("no phone", "?token={token}", "", b"", 400, "phone is missing"),
+    ("nested token", "", JSON_TYPE, b'{"token":' + b"[" * 900 + b"]" * 900 + b"}", 401, "token"),
+    (
+        "deeply nested",
+        "",
+        JSON_TYPE,
+        b'{"token":' + b"[" * 9000 + b"]" * 9000 + b"}",
+        401,
+        "token",
+    ),
+    ("nested phone", "?token={token}", JSON_TYPE, b'{"phone":[[1]]}', 400, "not a text"),
+    ("truth", "?token={token}", JSON_TYPE, b'{"phone":true}', 400, "not a text"),
     ("empty phone", "?phone=&token={token}", "", b"", 400, "phone is missing"),
     ("phone twice", "?phone=1&phone=2&token={token}", "", b"", 400, '"phone" is given twice'),
     (
@@ -1676,11 +1841,12 @@ class TestTrigger(unittest.TestCase):
                 for byte in head.encode() + b"\r\n" + body:
                     sock.sendall(bytes([byte]))
                 self.assertEqual(status_of(receive_all(sock)), 200)
-            with daemon.connect() as sock:
-                sock.sendall(head.encode() + b"Expect: 100-continue\r\n\r\n")
-                self.assertEqual(sock.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
-                sock.sendall(body)
-                self.assertEqual(status_of(receive_all(sock)), 200)
+            for expectation in ("100-continue", "100-Continue"):
+                with self.subTest(expectation), daemon.connect() as sock:
+                    sock.sendall(f"{head}Expect: {expectation}\r\n\r\n".encode())
+                    self.assertEqual(sock.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
+                    sock.sendall(body)
+                    self.assertEqual(status_of(receive_all(sock)), 200)
 
     @needs("curl")
     def test_line_of_the_seed(self) -> None:
@@ -1831,6 +1997,29 @@ class TestServer(unittest.TestCase):
         with Daemon() as daemon:
             self.assertEqual(status_of(daemon.exchange(request)), 426)
 
+    def test_threads_that_cannot_start_leave_their_places(self) -> None:
+        with patched(
+            "start, fails = p.Server.process_request, iter([1] * 40)",
+            "def process_request(*args):",
+            "    if next(fails, 0): raise RuntimeError('no thread')",
+            "    start(*args)",
+            "p.Server.process_request = process_request",
+        ) as program:
+            with Daemon(program=program) as daemon:
+                request = b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"
+                statuses = [status_of(daemon.exchange(request)) for _ in range(41)]
+        self.assertEqual(statuses, [503] * 40 + [200])
+
+    def test_slow_readers_take_no_thread(self) -> None:
+        request = b"GET /%s HTTP/1.1\r\nHost: h\r\n\r\n"
+        with Daemon() as daemon, contextlib.ExitStack() as stack:
+            for _ in range(2 * popup_notifier.MAX_THREADS):
+                sock = stack.enter_context(daemon.connect(receive_buffer=1))
+                sock.sendall(request % b"popup-sample.js")
+            self.assertEqual(status_of(daemon.exchange(request % b"healthz")), 200)
+            body = receive_all(sock).partition(b"\r\n\r\n")[2]
+            self.assertEqual(body, (HERE / "popup-sample.js").read_bytes())
+
 
 class TestResources(unittest.TestCase):
     """GET / and GET /popup-sample.js."""
@@ -1863,6 +2052,22 @@ class TestResources(unittest.TestCase):
             assert matched is not None
             again = self.get(daemon, "/popup-sample.js", f"If-None-Match: {matched[1]}\r\n")
             self.assertEqual((again[0], again[2]), (304, b""))
+
+    def test_head_is_get_without_the_body(self) -> None:
+        with Daemon() as daemon:
+            for path in ("/", "/popup-sample.js", "/healthz"):
+                with self.subTest(path):
+                    _, head, body = self.get(daemon, path)
+                    request = f"HEAD {path} HTTP/1.1\r\nHost: pbx\r\n\r\n".encode()
+                    answer = daemon.exchange(request).decode()
+                    plain = re.compile(r"Date: .*")
+                    self.assertEqual(plain.sub("", answer), plain.sub("", f"{head}\r\n\r\n"))
+                    self.assertIn(f"Content-Length: {len(body)}\r\n", answer)
+            for path, allowed in (("/crmws", "GET"), ("/api/trigger", "POST")):
+                request = f"HEAD {path} HTTP/1.1\r\nHost: pbx\r\n\r\n".encode()
+                refusal = daemon.exchange(request)
+                self.assertEqual((status_of(refusal), refusal[-4:]), (405, b"\r\n\r\n"))
+                self.assertIn(f"\r\nAllow: {allowed}\r\n".encode(), refusal)
 
     def test_script_that_is_nowhere(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -2016,6 +2221,9 @@ class TestTLS(unittest.TestCase):
                 sock.sendall(handshake())
                 receive_all(sock)
             daemon.wait_for_log("plain http on the https port")
+            answer = daemon.exchange(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n" * 99, port=port)
+            self.assertEqual(status_of(answer), 400)
+            self.assertIn(b"the address begins with https:// or wss://", answer)
 
     def test_certificate_that_is_no_use(self) -> None:
         other = self.certificates.make("other")
@@ -2322,6 +2530,37 @@ class TestRelay(unittest.TestCase):
                         self.assertTrue(browser.hello()["complete"])
                         messages = [browser.message() for _ in expected]
                     self.assertEqual([each["phone"] for each in messages], [*expected])
+
+    def test_browser_that_has_heard_more_than_its_node_hears_nothing_twice(self) -> None:
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            program = stack.enter_context(
+                patched(
+                    "receive = p.RedisStream._receive",
+                    "def wait(*args):",
+                    f"    while os.path.exists({folder + '/hold'!r}): time.sleep(0.01)",
+                    "    receive(*args)",
+                    "p.RedisStream._receive = wait",
+                )
+            )
+            redis = stack.enter_context(Redis())
+            one = stack.enter_context(Daemon(REDIS_URL=redis.url))
+            slow = stack.enter_context(Daemon(REDIS_URL=redis.url, program=program))
+            for daemon in (one, slow):
+                daemon.wait_for_log(UP)
+            hold = Path(folder, "hold")
+            hold.touch()
+            with one.browser("?since=") as browser:
+                browser.hello()
+                one.trigger(phone="1")
+                position = browser.message()["id"]
+            with slow.browser(f"?since={position}") as moved, slow.browser() as stays:
+                hello = moved.hello()
+                self.assertEqual((hello["id"], hello["complete"]), (position, True))
+                hold.unlink()
+                one.trigger(phone="2")
+                self.assertEqual(stays.phones(2), ["1", "2"])
+                self.assertEqual(moved.phones(1), ["2"])
 
     def test_position_that_is_ahead_of_the_clocks(self) -> None:
         with Redis() as redis, contextlib.ExitStack() as stack:
@@ -2846,7 +3085,7 @@ class TestServiceManager(unittest.TestCase):
     def test_thread_that_hangs_feeds_no_watchdog_and_is_not_healthy(self) -> None:
         hang = "lambda *args: threading.Event().wait()"
         for name, what in (("hub", "Hub._deliver"), ("clients", "parse_subscription")):
-            with self.subTest(name), patched(f"{what} = {hang}") as program:
+            with self.subTest(name), patched(f"p.{what} = {hang}") as program:
                 self.hang(name, program)
 
     def hang(self, name: str, program: Path) -> None:
@@ -2877,7 +3116,7 @@ class TestServiceManager(unittest.TestCase):
     def test_thread_that_ends_by_a_bug_ends_the_daemon(self) -> None:
         bug = "lambda *args: 1 / 0"
         for what in ("Hub._deliver", "Server._until_deadline"):
-            with self.subTest(what), patched(f"{what} = {bug}") as program:
+            with self.subTest(what), patched(f"p.{what} = {bug}") as program:
                 with tempfile.TemporaryFile() as log:
                     config = Path(program.parent, "popup-notifier.conf")
                     port = free_port()
@@ -3001,6 +3240,40 @@ class TestCommandLine(unittest.TestCase):
             daemon.trigger()
             daemon.wait_for_log(r"WARNING \d+ log lines were lost: nobody reads them")
 
+    def test_closed_standard_error_stops_nothing(self) -> None:
+        port = free_port()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "popup-notifier.conf")
+            path.touch(0o600)
+            keys = {**CONFIG, "PORT": port}
+            path.write_text("".join(f"{key}={value}\n" for key, value in keys.items()))
+            shell = f"exec {sys.executable} {PROGRAM} --config {path} <&- >&- 2>&-"
+            process = subprocess.Popen(["sh", "-c", shell])
+            try:
+                until(lambda: self.answers(port), "it runs without a log")
+                descriptors = Path(f"/proc/{process.pid}/fd")
+                for number in (0, 1, 2):
+                    self.assertEqual(os.readlink(descriptors / str(number)), "/dev/null")
+            finally:
+                process.terminate()
+                self.assertEqual(process.wait(TIMEOUT), 0)
+
+    def answers(self, port: int) -> bool:
+        with socket.socket() as sock:
+            sock.settimeout(TIMEOUT)
+            if sock.connect_ex(("127.0.0.1", port)):
+                return False
+            sock.sendall(trigger_request("?phone=1&token={token}", "", b""))
+            return status_of(receive_all(sock)) == 200
+
+    def test_pages_that_may_listen_are_named(self) -> None:
+        text = "any web page that is open there can listen, for CRMWS_ORIGINS is empty"
+        for origins, is_said in (("", True), ("https://crm.example", False)):
+            with self.subTest(origins), Daemon(CRMWS_ORIGINS=origins) as daemon:
+                self.assertEqual(text in daemon.wait_for_log("listens on")[0], is_said)
+                done = self.run_with("--check", "--config", str(daemon.config))
+                self.assertEqual(text in done.stderr, is_said)
+
     def test_no_name_is_looked_up(self) -> None:
         poison = (
             "import socket, runpy\n"
@@ -3071,6 +3344,32 @@ class TestReload(unittest.TestCase):
             self.assertEqual(stays.phones(1), ["0312345678"])
             self.assertEqual(status_of(daemon.exchange(handshake(), source="127.0.0.2")), 403)
 
+    def test_pages_and_tokens_not_admitted_any_more_are_closed(self) -> None:
+        crm = handshake("/crmws?token=one").replace(b"\r\n\r\n", b"\r\nOrigin: http://crm\r\n\r\n")
+        for key, value, why in (
+            ("CRMWS_ORIGINS", "http://other", 'origin "http://crm" is not in CRMWS_ORIGINS'),
+            ("CRMWS_TOKEN", "two", "token is not CRMWS_TOKEN"),
+        ):
+            with self.subTest(key), Daemon() as daemon, daemon.browser("?token=two") as stays:
+                with daemon.connect() as sock:
+                    sock.sendall(crm)
+                    self.assertEqual(status_of(sock.recv(4096)), 101)
+                    self.reload(daemon, "configuration reloaded", **{key: value})
+                    self.assertEqual(sock.recv(4096)[:4], b"\x88\x17\x03\xf0")
+                    daemon.wait_for_log(f"browser dropped: .*: {why}")
+                daemon.trigger()
+                self.assertEqual(stays.phones(1), ["0312345678"])
+
+    def test_shorter_interval_drops_nobody(self) -> None:
+        with Daemon(PING_INTERVAL=3600) as daemon, daemon.browser() as browser:
+            time.sleep(2.5)  # longer than two of the new intervals
+            self.reload(daemon, "configuration reloaded", PING_INTERVAL=1)
+            for _ in range(3):
+                opcode, payload = browser.frame()
+                self.assertEqual(opcode, Opcode.PING)
+                browser.send(Opcode.PONG, payload)
+            self.assertEqual(daemon.connected(), 1)
+
     def test_bad_file_changes_nothing(self) -> None:
         with Daemon() as daemon, daemon.browser() as browser:
             self.reload(daemon, "the old one stays in force", TRIGGER_ALLOW="nobody")
@@ -3083,6 +3382,8 @@ class TestReload(unittest.TestCase):
             browser.hello()
             self.reload(daemon, "configuration reloaded", MAX_BROWSERS=1, PING_INTERVAL=1)
             self.assertEqual(status_of(daemon.exchange(handshake())), 503)
+            while browser.frame()[0] != Opcode.PING:  # a second later, not 25
+                pass
 
     def test_changed_port_needs_a_restart(self) -> None:
         with Daemon() as daemon:
@@ -3127,12 +3428,12 @@ class TestSlowBrowsers(unittest.TestCase):
     """Browsers that do not read, or not fast enough."""
 
     KILOBYTE = "&name=" + "x" * 880  # makes a frame of about 1 KB
-    QUICK_VERDICT = f"STALL_TIMEOUT = 1; CLOSE_TIMEOUT = {TIMEOUT}"
+    QUICK_VERDICT = f"p.STALL_TIMEOUT, p.CLOSE_TIMEOUT = 1, {TIMEOUT}"
 
     def test_stalled_browsers_are_dropped_and_harm_nobody(self) -> None:
         calls = [f"{number:04}" for number in range(4000)]
         with contextlib.ExitStack() as stack:
-            program = stack.enter_context(patched("STALL_TIMEOUT = 2"))
+            program = stack.enter_context(patched("p.STALL_TIMEOUT = 2"))
             daemon = stack.enter_context(Daemon(program=program))
             pool = stack.enter_context(ThreadPoolExecutor(40))
             others = [stack.enter_context(daemon.browser()) for _ in range(3)]
@@ -4486,7 +4787,7 @@ class BrowserTests(unittest.TestCase):
         start = 1763870000000
 
         def call(age: int, phone: str) -> dict[str, Any]:
-            fields = {"type": "CALL_IN", "id": f"{start - age}-0", "key": phone, "exten": "all"}
+            fields = {"type": "CALL_IN", "id": f"{start - age}-0", "key": f"m-{phone}"}
             data = {"phone": phone, "exten": "all"}
             return {**fields, "time": start - age, "phone": phone, "data": data}
 
@@ -4508,13 +4809,34 @@ class BrowserTests(unittest.TestCase):
             again = daemon.asked_for.get(timeout=TIMEOUT)
             self.assertTrue(again.endswith(f"?since={start + 1}-0"), again)
 
+    def test_call_that_comes_again_is_dropped_by_its_key(self) -> None:
+        start = 1763870000000
+        hello = {"type": "HELLO", "id": "5-0", "complete": True, "interval": 25, "time": start}
+
+        def call(number: int, key: str, phone: str) -> dict[str, Any]:
+            fields = {"type": "CALL_IN", "id": f"5-{number}", "key": key, "time": start}
+            return {**fields, "data": {"phone": phone, "exten": "all"}}
+
+        alive = {"type": "ALIVE", "id": "5-9", "time": start}
+        calls = [call(1, "a-1", "1"), call(1, "b-1", "2"), call(2, "a-1", "1")]
+        with FakeDaemon(hello, *calls, alive, call(9, "a-2", "3")) as daemon:
+            tab = self.open_connected(daemon)
+            self.assertEqual([lines[1] for lines in toasts(tab, 3)], ["1", "2", "3"])
+            self.assertEqual(tab.evaluate("calls.length"), 3)
+            daemon.drop()  # all of it comes once more
+            daemon.asked_for.get(timeout=TIMEOUT)
+            again = daemon.asked_for.get(timeout=TIMEOUT)
+            self.assertTrue(again.endswith("?since=5-9"), again)
+            tab.wait_for(OPEN)
+            self.assertEqual(tab.evaluate("calls.length"), 3)
+
     def test_call_that_comes_late_has_the_time_when_it_rang(self) -> None:
         start = 1763870000000
         hello = {"type": "HELLO", "id": f"{start}-0", "complete": True, "interval": 25}
 
         def call(age: int, phone: str) -> dict[str, Any]:
             fields = {"type": "CALL_IN", "id": f"{start}-{10**30 + age}", "time": start - age}
-            return {**fields, "key": phone, "data": {"phone": phone, "exten": "all"}}
+            return {**fields, "key": f"l-{phone}", "data": {"phone": phone, "exten": "all"}}
 
         with FakeDaemon({**hello, "time": start}, call(31000, "1"), call(1000, "2")) as daemon:
             tab = self.open_connected(daemon)
