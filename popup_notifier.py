@@ -3678,8 +3678,10 @@ class RedisStream:
         """Put calls into the stream until they come back; deliver early what takes too long."""
         head = ("XADD", self._url.stream, "MAXLEN", "~", STREAM_LENGTH, "*")
         self._set_clock(parse_time(link.ask(("TIME",))[0]))
+        seconds = 0.0  # at first, write what is there
         while True:
-            commands = [(*head, *fields) for fields in self._next_batch()]
+            commands = [(*head, *fields) for fields in self._next_batch(seconds)]
+            seconds = REDIS_BLOCK
             began = time.monotonic()
             link.send(("TIME",), *commands)
             if not link.answers_within(REDIS_PATIENCE):
@@ -3697,9 +3699,9 @@ class RedisStream:
             if not self._pending:
                 self._be_quick()
 
-    def _next_batch(self) -> list[tuple[object, ...]]:
-        """Return the fields of calls to put into the stream now; of none after REDIS_BLOCK."""
-        deadline = time.monotonic() + REDIS_BLOCK
+    def _next_batch(self, seconds: float) -> list[tuple[object, ...]]:
+        """Return the fields of calls to put into the stream now; of none after some seconds."""
+        deadline = time.monotonic() + seconds
         while True:
             self._be_slow(REDIS_PATIENCE)
             with self._lock:
