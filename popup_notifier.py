@@ -80,6 +80,7 @@ MAX_CONTROL = 125  # RFC 6455 section 5.5
 # Limits of section 4, in counts, bytes and seconds.
 MAX_HISTORY = 20_000  # calls remembered at most, whatever HISTORY says: some 30 MB
 MAX_HISTORY_SIZE = 32 << 20  # bytes of their frames: they may be 200 KiB each
+MAX_KEPT = 22_000  # calls, and so much more bytes: who begins at the oldest must get that one, too
 SLICE_SIZE = 64 * 1024  # bytes sent to a browser that lags before the others have their turn
 SLICE_CALLS = 1000  # looked at for it: most may be for other extensions
 # A PBX sends each event by a process or channel of its own: an answer within the first moment, as
@@ -1248,8 +1249,9 @@ class Log:
         with self._lock:
             oldest = time.monotonic() - self.seconds
             while self._remembered < self._end:
-                call = self._calls[self._remembered - self._start]
-                if call.trigger.began >= oldest:
+                index = self._remembered - self._start
+                call = self._calls[index]
+                if call.trigger.began >= oldest and not self._is_too_much(index, MAX_HISTORY):
                     break
                 self._forget_up_to(call)
             place = self._start + bisect.bisect_right(self._ids, since)
@@ -1275,7 +1277,7 @@ class Log:
             oldest = time.monotonic() - max(self.seconds, seconds)
             count = 0
             while count < place - self._start and (
-                self._calls[count].logged < oldest or self._is_too_much(count)
+                self._calls[count].logged < oldest or self._is_too_much(count, MAX_KEPT)
             ):
                 self._forget_up_to(self._calls[count])
                 count += 1
@@ -1289,10 +1291,10 @@ class Log:
             self._remembered = call.place + 1
             self._begin = max(self._begin, call.id)
 
-    def _is_too_much(self, count: int) -> bool:
-        """Tell whether more is kept than may be, without the first `count` calls."""
+    def _is_too_much(self, count: int, limit: int) -> bool:
+        """Tell whether more calls, or bytes, are kept than may be, without the first `count`."""
         size = self._ends[-1] - (self._ends[count - 1] if count else self._offset)
-        return len(self._calls) - count > MAX_HISTORY or size > MAX_HISTORY_SIZE
+        return len(self._calls) - count > limit or size * MAX_HISTORY > MAX_HISTORY_SIZE * limit
 
 
 class LocalStream:
@@ -1792,10 +1794,10 @@ class Hub:
                 break
             calls = [call for call in slice_.calls if not call.is_again]
             delivered += zip(calls, self._deliver(calls))
-        if delivered:
-            self._log.forget(self._place, STALL_TIMEOUT if self._lagging else 0)
         for browser in arrivals:
             self._admit(browser)
+        if delivered:
+            self._log.forget(self._place, STALL_TIMEOUT if self._lagging else 0)
         for call, count in delivered:
             late = [each for each in arrivals if each.place <= call.place and each.wants(call)]
             self._log_call(call, count + len(late))

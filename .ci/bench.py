@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure the daemon against the floor: what the kernel takes to write to every browser.
 
-    python3 .ci/bench.py [--quick] [--floor-none] [--only NAME ...] [SCENARIO]
+    python3 .ci/bench.py [--quick] [--floor-none] [--only NAME ...] [--beside FILE] [SCENARIO]
 
     all        all of these
     table      speed, memory and threads at 1,000 and 10,000 browsers (4 minutes; --quick: 1)
@@ -9,23 +9,29 @@
     tls        a delivery over TLS against one in the clear (half a minute; needs openssl)
     stalled    what browsers that never read do to the others (1 minute)
     keepalive  what 10,000 idle browsers cost (1 minute)
+    crowd      4,000 browsers come back at once to 1,800 calls each (20 seconds)
+    replay     a live call beside browsers that ask for 20,000 calls over and over (half a minute)
+    deaf       what is kept for 100 browsers that ask for 32 MB and never read (10 seconds)
     redis      what the trip over Redis adds, and 1, 2, 4 daemons (1 minute; needs redis-server)
     soak       200,000 calls, 20,000 connects and disconnects: what is left (2 minutes)
 
-`floor.c` is a bare send() loop, `swarm.c` plays the browsers and the PBX; both are compiled into
-a temporary folder. Machines differ and vary, so floor and daemon take turns within one run and
-their ratio is what counts: the median of the pairs. Prints a Markdown table; exits 1 if a must is
-missed. Loopback only.
+`floor.c` is a bare send() loop, `swarm.c` plays the browsers and the PBX, `crowd.c` browsers that
+come back; all are compiled into a temporary folder. Machines differ and vary, so floor and daemon
+take turns within one run and their ratio is what counts: the median of the pairs. With --beside,
+another version of the daemon takes turns with them in `table`, which takes half as long again.
+Prints a Markdown table; exits 1 if a must is missed. Loopback only.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import selectors
 import socket
@@ -34,6 +40,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -72,6 +79,7 @@ class Options:
     quick: bool
     with_floor: bool
     only: tuple[str, ...]
+    beside: Path | None  # another version of the daemon
 
 
 # --- Servers under test ------------------------------------------------------------------------
@@ -89,25 +97,26 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in ("swarm", "floor"):
+        for name in ("swarm", "floor", "crowd"):
             source = str(HERE / f"{name}.c")
             subprocess.run(["cc", "-O2", "-o", str(folder / name), source], check=True)
 
     @contextlib.contextmanager
-    def floor(self) -> Iterator[Server]:
-        """Run the floor."""
+    def floor(self, size: int = 0) -> Iterator[Server]:
+        """Run the floor, which sends each browser that comes so many bytes."""
         port = free_port()
-        with running([str(self.folder / "floor"), str(port)], port, self.folder) as server:
+        command = [str(self.folder / "floor"), str(port), str(size)]
+        with running(command, port, self.folder) as server:
             yield server
 
     @contextlib.contextmanager
-    def daemon(self, **keys: str) -> Iterator[Server]:
-        """Run the daemon; `keys` add to its configuration."""
+    def daemon(self, program: Path | None = None, /, **keys: str) -> Iterator[Server]:
+        """Run the daemon, or another version of it; `keys` add to its configuration."""
         port = free_port()
         config = self.folder / f"{port}.conf"
         lines = [f"{key}={value}\n" for key, value in {**CONFIG, "PORT": port, **keys}.items()]
         config.write_text("".join(lines), encoding="utf-8")
-        command = [sys.executable, str(PROGRAM), "--config", str(config)]
+        command = [sys.executable, str(program or PROGRAM), "--config", str(config)]
         with running(command, port, self.folder) as server:
             yield server
 
@@ -124,6 +133,21 @@ class Bench:
             raise RunError(f"{clients} browsers: {result['error']}")
         return result
 
+    @contextlib.contextmanager
+    def crowd(self, server: Server, browsers: int, size: int, target: str) -> Iterator[float]:
+        """Let browsers come at once; yield the seconds until each has so many bytes.
+
+        With a size of 0 they never read. They stay connected until the block ends.
+        """
+        command = [str(self.folder / "crowd"), *map(str, (server.port, browsers, size)), target]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+            assert process.stdout is not None and process.stderr is not None
+            seconds = process.stdout.readline()
+            if not seconds:
+                raise RunError(f"{browsers} browsers at once: {process.stderr.read().strip()}")
+            yield float(seconds)
+
 
 class RunError(Exception):
     """A run that did not come to its end: a browser was refused, or lost, or missed a call."""
@@ -139,6 +163,7 @@ def running(command: list[str], port: int, folder: Path) -> Iterator[Server]:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
+            # Where an older version that --beside names keeps its state.
             env={**os.environ, "XDG_STATE_HOME": str(folder)},
         )
     try:
@@ -215,13 +240,15 @@ ROWS = (
     Row("threads", "threads, as at 100", (FEW, MOST), "threads", 0, "", is_ratio=False),
 )
 BURST_FIELDS = {"deliveries_per_s", "triggers_per_s"}
+BESIDE = ("latency", "cpu", "memory", "burst", "connect")  # rows that tell versions apart
 
 
 class Pair(NamedTuple):
-    """What floor and daemon did one after the other."""
+    """What floor and daemon did one after the other, and the other version."""
 
     floor: Result | None
     daemon: Result
+    beside: Result | None = None
 
 
 def table(bench: Bench, options: Options) -> bool:
@@ -234,6 +261,12 @@ def table(bench: Bench, options: Options) -> bool:
         for row in rows
         for n in (row.crowds if row.name != "threads" else (MOST,))
     ]
+    if options.beside is not None:
+        print()
+        print_head("what", "N", str(options.beside), "daemon", "ratio")
+        for row in rows:
+            for n in row.crowds if row.name in BESIDE else ():
+                compare(row, n, pairs[n])
     return all(verdicts)
 
 
@@ -256,7 +289,12 @@ def measure(bench: Bench, clients: int, rows: list[Row], options: Options) -> li
             with bench.floor() as server:
                 floor = bench.swarm(server, clients, **load)
         with bench.daemon() as server:
-            pairs.append(Pair(floor, bench.swarm(server, clients, **load)))
+            daemon = bench.swarm(server, clients, **load)
+        beside = None
+        if options.beside is not None:
+            with bench.daemon(options.beside) as server:
+                beside = bench.swarm(server, clients, **load)
+        pairs.append(Pair(floor, daemon, beside))
     return pairs
 
 
@@ -288,6 +326,18 @@ def judge(row: Row, clients: int, pairs: list[Pair]) -> bool:
         "not judged" if measured is None else verdict(is_met),
     )
     return is_met
+
+
+def compare(row: Row, clients: int, pairs: list[Pair]) -> None:
+    """Print a row for the daemon beside the other version of it."""
+    figures = [
+        (pick(pair.beside, row.field), pick(pair.daemon, row.field))
+        for pair in pairs
+        if pair.beside is not None
+    ]
+    medians = [show(statistics.median(column), row.unit) for column in zip(*figures)]
+    ratio = statistics.median(daemon / beside for beside, daemon in figures)
+    print_row(row.what, f"{clients:,}", *medians, show(ratio, "x"))
 
 
 def judge_threads(row: Row, pairs: dict[int, list[Pair]]) -> bool:
@@ -432,23 +482,39 @@ def subscribe(port: int, number: int, context: ssl.SSLContext | None = None) -> 
     sock = socket.create_connection(("127.0.0.1", port), START_TIMEOUT)
     if context is not None:
         sock = context.wrap_socket(sock)
-    sock.sendall(
-        f"GET /crmws?exten={number} HTTP/1.1\r\nHost: bench\r\nUpgrade: websocket\r\n"
-        "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode()
-    )
+    sock.sendall(handshake(f"/crmws?exten={number}"))
     if not sock.recv(4096).startswith(b"HTTP/1.1 101 "):
         raise RunError(f"browser {number} was refused")
     return sock
 
 
-def trigger(port: int, exten: str = "100") -> None:
-    """Trigger a call, and wait until the daemon has answered."""
-    request = f"POST /api/trigger?phone=1&exten={exten}&token=bench HTTP/1.0\r\n\r\n".encode()
+def handshake(target: str) -> bytes:
+    """Return a browser's opening handshake."""
+    return (
+        f"GET {target} HTTP/1.1\r\nHost: bench\r\nUpgrade: websocket\r\n"
+        "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    ).encode()
+
+
+def trigger(port: int, exten: str = "100", phone: str = "1", body: bytes = b"") -> None:
+    """Trigger a call, whose further parameters are in the body; wait for the answer."""
+    head = f"POST /api/trigger?phone={phone}&exten={exten}&token=bench HTTP/1.0\r\n"
+    if body:
+        head += f"Content-Length: {len(body)}\r\n"
+    answer = exchange(port, f"{head}\r\n".encode() + body)
+    if not answer.startswith(b"HTTP/1.1 200 "):
+        raise RunError(f"a trigger was refused: {answer.decode(errors='replace')}")
+
+
+def exchange(port: int, request: bytes) -> bytes:
+    """Send a request; return the answer."""
+    answer = b""
     with socket.create_connection(("127.0.0.1", port), START_TIMEOUT) as sock:
         sock.sendall(request)
-        while sock.recv(4096):
-            pass
+        while data := sock.recv(4096):
+            answer += data
+    return answer
 
 
 def cpu_seconds(server: Server) -> float:
@@ -472,9 +538,237 @@ def cpu_per_call(server: Server, exten: str, calls: int) -> float:
     return (spent - before) / calls * 1e3
 
 
+# --- Browsers that come back -------------------------------------------------------------------
+
+HISTORY = "600"  # seconds: nothing is forgotten for its age
+LOOK_BACK = 256  # bytes; an ALIVE has half of it
+PHONE = re.compile(rb'"data": {"phone": "([0-9]+)"')
+LIVE_EXTEN = 7
+
+CROWD = 4_000  # browsers
+CROWD_CALLS = 1_800  # that each of them missed
+CROWD_TRIGGER = TRIGGER + "&text=" + 45 * "x"  # makes some 250 bytes
+CROWD_GAP = 0.02  # seconds between two live calls
+CROWD_SLOWEST = 250.0  # milliseconds that a trigger or a live call may take
+CROWD_ROW = Row("crowd", "all have what they missed", (CROWD,), "seconds", 2, "s")
+
+REPLAY_CALLS = 20_000  # the longest history
+REPLAY_RATE = 60  # browsers a second that ask for all of it
+REPLAY_GAP = 0.05  # seconds between two live calls
+REPLAY_P99 = 100.0  # milliseconds that a live call may take
+
+DEAF = 100  # browsers that ask for all of a history and never read
+DEAF_CALLS = 170  # of 190 KB: the largest history
+# In the message each of these letters takes six bytes for two.
+DEAF_BODY = b"&".join(b"text%02d=" % number + 2_000 * "é".encode() for number in range(16))
+DEAF_GROWTH = 20.0  # MB that the daemon may grow by
+DEAF_TIMEOUT = 15.0  # seconds until the last one is dropped
+TOO_SLOW = re.compile(rb'dropped_browsers_total{reason="too slow"} ([0-9]+)')
+
+
+def catch_up(port: int, target: str) -> bytes:
+    """Let a browser come back; return what it is sent behind its 101, up to its ALIVE."""
+    received = bytearray()
+    with contextlib.suppress(ConnectionError, TimeoutError):
+        with socket.create_connection(("127.0.0.1", port), START_TIMEOUT) as sock:
+            sock.sendall(handshake(target))
+            while data := sock.recv(1 << 20):
+                start = max(len(received) - LOOK_BACK, 0)
+                received += data
+                alive = received.find(b'"ALIVE"', start)
+                end = received.find(b"}", alive) + 1
+                if alive >= 0 and end:
+                    return bytes(received[received.index(b"\r\n\r\n") + 4 : end])
+    raise RunError(f"a browser that came back got {len(received):,} bytes and no ALIVE")
+
+
+class Delays(NamedTuple):
+    """The milliseconds that each of the live calls took."""
+
+    triggers: list[float]  # until the answer
+    calls: list[float]  # until the browser had it
+
+
+@contextlib.contextmanager
+def live_calls(port: int, gap: float) -> Iterator[Delays]:
+    """Trigger a call every `gap` seconds while the block runs, and let a browser hear them."""
+    delays = Delays([], [])
+    began: dict[int, float] = {}  # by phone
+    is_over = threading.Event()
+
+    def call(phone: int) -> None:
+        began[phone] = time.perf_counter()
+        trigger(port, str(LIVE_EXTEN), str(phone))
+        delays.triggers.append((time.perf_counter() - began[phone]) * 1e3)
+
+    def call_on() -> None:
+        start = time.monotonic()
+        # A slow answer does not put off the next call: those who call know nothing of each other.
+        with ThreadPoolExecutor(CONCURRENCY) as pool:
+            calls = []
+            for phone in itertools.count():
+                calls.append(pool.submit(call, phone))
+                if is_over.wait(max(start + (phone + 1) * gap - time.monotonic(), 0)):
+                    break
+        for each in calls:
+            each.result()
+
+    def listen() -> None:
+        received = b""
+        while data := browser.recv(1 << 16):
+            now = time.perf_counter()
+            received += data
+            for found in PHONE.finditer(received):
+                delays.calls.append((now - began[int(found[1])]) * 1e3)
+            received = PHONE.split(received)[-1]
+
+    with subscribe(port, LIVE_EXTEN) as browser, ThreadPoolExecutor(2) as pool:
+        work = [pool.submit(listen), pool.submit(call_on)]
+        try:
+            yield delays
+        finally:
+            is_over.set()
+            work[1].result()
+            is_complete = wait_for(lambda: len(delays.calls) == len(began))
+            browser.shutdown(socket.SHUT_RDWR)
+        if not is_complete:
+            raise RunError(f"of {len(began)} live calls {len(delays.calls)} were heard")
+        work[0].result()
+
+
+def crowd(bench: Bench, options: Options) -> bool:
+    """Print what a live call takes while a crowd comes back, and how long all of them take."""
+    with missed_calls(bench) as (server, target, size), contextlib.ExitStack() as stack:
+        with live_calls(server.port, CROWD_GAP) as delays:
+            stack.enter_context(bench.crowd(server, CROWD, size, target))
+    print_head(f"while {CROWD:,} come back", "calls", "median", "slowest", "must", "verdict")
+    verdicts = []
+    for what, figures in (("trigger answered", delays.triggers), ("live call", delays.calls)):
+        verdicts.append(max(figures) <= CROWD_SLOWEST)
+        cells = [show(each, "ms") for each in (statistics.median(figures), max(figures))]
+        must = f"<= {CROWD_SLOWEST:g} ms"
+        print_row(what, f"{len(figures)}", *cells, must, verdict(verdicts[-1]))
+    pairs = []
+    for number in range(3 if options.quick else 5):
+        print(f"{CROWD} browsers at once, pair {number + 1}", file=sys.stderr)
+        with missed_calls(bench) as (server, target, size):
+            floor = None
+            if options.with_floor:
+                with bench.floor(size) as bare, bench.crowd(bare, CROWD, size, target) as took:
+                    floor = {"seconds": took}
+            with bench.crowd(server, CROWD, size, target) as took:
+                pairs.append(Pair(floor, {"seconds": took}))
+    print()
+    print_head(f"{size:,} bytes each", "N", "floor", "daemon", "ratio", "must", "verdict")
+    verdicts.append(judge(CROWD_ROW, CROWD, pairs))
+    return all(verdicts)
+
+
+@contextlib.contextmanager
+def missed_calls(bench: Bench) -> Iterator[tuple[Server, str, int]]:
+    """Run a daemon; yield it, what who missed calls asks it for, and how many bytes that gets."""
+    with bench.daemon(HISTORY=HISTORY) as server:
+        position = re.search(rb'"id": "([^"]+)"', catch_up(server.port, "/crmws?since="))
+        assert position is not None
+        target = f"/crmws?exten=100&since={position[1].decode()}"
+        remember(bench, server, CROWD_CALLS, CROWD_TRIGGER)
+        yield server, target, len(catch_up(server.port, target))
+
+
+def remember(bench: Bench, server: Server, calls: int, path: str) -> None:
+    """Trigger so many calls."""
+    bench.swarm(server, 1, burst=calls, concurrency=CONCURRENCY, settle=0, trigger_path=path)
+
+
+def replay(bench: Bench, options: Options) -> bool:
+    """Print what a live call takes while others ask for the longest history over and over."""
+    seconds = 5 if options.quick else 20
+    with bench.daemon(HISTORY=HISTORY) as server:
+        remember(bench, server, REPLAY_CALLS, TRIGGER)
+        size = len(catch_up(server.port, "/crmws?since=0-0"))
+        reader, writer = multiprocessing.Pipe(duplex=False)
+        asker = multiprocessing.get_context("fork").Process(
+            target=ask_again, args=(server.port, seconds, writer)
+        )
+        asker.start()
+        with live_calls(server.port, REPLAY_GAP) as delays:
+            asker.join()
+        if not reader.poll():
+            raise RunError("the browsers that ask for the history failed")
+        asked, cut_off = reader.recv()
+    figures = statistics.quantiles(delays.calls, n=100, method="inclusive")
+    is_met = figures[98] <= REPLAY_P99
+    print_head("history", "replays", "cut off", "live call, median", "p99", "must", "verdict")
+    print_row(
+        f"{REPLAY_CALLS:,} calls, {size / 1e6:.1f} MB",
+        show(asked / seconds, "/s"),
+        str(cut_off),
+        show(figures[49], "ms"),
+        show(figures[98], "ms"),
+        f"<= {REPLAY_P99:g} ms",
+        verdict(is_met),
+    )
+    return is_met
+
+
+def ask_again(port: int, seconds: float, writer: Connection) -> None:
+    """Ask for all calls REPLAY_RATE times a second, or as often as it goes; tell how often."""
+    start = time.monotonic()
+    numbers = itertools.count()
+
+    def work(_: int) -> tuple[int, int]:
+        asked = cut_off = 0
+        while (due := start + next(numbers) / REPLAY_RATE) < start + seconds:
+            time.sleep(max(due - time.monotonic(), 0))
+            if time.monotonic() > start + seconds:
+                break
+            asked += 1
+            try:
+                catch_up(port, "/crmws?since=0-0")
+            except RunError:
+                cut_off += 1
+        return asked, cut_off
+
+    with ThreadPoolExecutor(CONCURRENCY) as pool:
+        counts = list(pool.map(work, range(CONCURRENCY)))
+    writer.send((sum(asked for asked, _ in counts), sum(cut_off for _, cut_off in counts)))
+
+
+def deaf(bench: Bench, options: Options) -> bool:
+    """Print what the daemon keeps for those who ask for the largest history and never read."""
+    with bench.daemon(HISTORY=HISTORY) as server:
+        for _ in range(DEAF_CALLS):
+            trigger(server.port, body=DEAF_BODY)
+        before = holdings(server.pid).memory
+        Path(f"/proc/{server.pid}/clear_refs").write_text("5", encoding="ascii")  # VmHWM
+        start = time.monotonic()
+        with bench.crowd(server, DEAF, 0, "/crmws?since=0-0"):
+            while (dropped := drops(server)) < DEAF:
+                if time.monotonic() > start + 2 * DEAF_TIMEOUT:
+                    break
+                time.sleep(0.2)
+            seconds = time.monotonic() - start
+        growth = (status(server.pid, "VmHWM") - before) / 1024
+    print_head(f"{DEAF} browsers that never read", "figure", "must", "verdict")
+    is_small, is_quick = growth <= DEAF_GROWTH, dropped == DEAF and seconds <= DEAF_TIMEOUT
+    must = f"<= {DEAF_GROWTH:g} MB"
+    print_row("memory grows by at most", show(growth, "MB"), must, verdict(is_small))
+    figure = f"{dropped} in {show(seconds, 's')}"
+    print_row("dropped", figure, f"{DEAF} in {DEAF_TIMEOUT:g} s", verdict(is_quick))
+    return is_small and is_quick
+
+
+def drops(server: Server) -> int:
+    """Return how many browsers the daemon dropped for they were too slow."""
+    found = TOO_SLOW.search(exchange(server.port, b"GET /metrics HTTP/1.0\r\n\r\n"))
+    if found is None:
+        raise RunError("/metrics does not tell how many were too slow")
+    return int(found[1])
+
+
 # --- Redis -------------------------------------------------------------------------------------
 
-REDIS_ADDS = 2.0  # milliseconds that the trip over Redis may add to a call, median
+REDIS_ADDS = 1.5  # milliseconds that the trip over Redis may add to a call, median
 REDIS_BURST = 500  # calls to every daemon's browsers
 CALL = b'"CALL_IN"'
 
@@ -580,10 +874,15 @@ class Holdings(NamedTuple):
 
 def holdings(pid: int) -> Holdings:
     """Return what a process holds now."""
-    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
-    fields = dict(line.split(":", 1) for line in status.splitlines())
     descriptors = len(os.listdir(f"/proc/{pid}/fd"))
-    return Holdings(descriptors, int(fields["Threads"]), int(fields["VmRSS"].split()[0]))
+    return Holdings(descriptors, status(pid, "Threads"), status(pid, "VmRSS"))
+
+
+def status(pid: int, field: str) -> int:
+    """Return a number that the kernel tells of a process: a count, or KB."""
+    text = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    fields = dict(line.split(":", 1) for line in text.splitlines())
+    return int(fields[field].split()[0])
 
 
 def soak(bench: Bench, options: Options) -> bool:
@@ -659,6 +958,9 @@ SCENARIOS = {
     "tls": tls,
     "stalled": stalled,
     "keepalive": keepalive,
+    "crowd": crowd,
+    "replay": replay,
+    "deaf": deaf,
     "redis": redis,
     "soak": soak,
     "all": everything,
@@ -674,9 +976,13 @@ def parse_args() -> tuple[str, Options]:
     parser.add_argument("--floor-none", action="store_true", help="the daemon alone, no ratios")
     names = [row.name for row in ROWS]
     parser.add_argument("--only", action="append", choices=names, default=[], help="a row's name")
+    parser.add_argument("--beside", type=Path, metavar="FILE", help="another version's program")
     parser.add_argument("scenario", nargs="?", choices=SCENARIOS, default="table")
     args = parser.parse_args()
-    return args.scenario, Options(args.quick, not args.floor_none, tuple(args.only))
+    if args.beside is not None and not args.beside.is_file():
+        parser.error(f"--beside: there is no file {args.beside}")
+    options = Options(args.quick, not args.floor_none, tuple(args.only), args.beside)
+    return args.scenario, options
 
 
 def main() -> int:
