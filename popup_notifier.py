@@ -1203,36 +1203,26 @@ class Log:
         return self._position
 
     def append(
-        self, call_id: CallID, trigger: Trigger, is_early: bool = False, is_again: bool = False
-    ) -> Call:
-        """Add a call that is told to whom it concerns, as far as we know of it."""
-        with self._lock:
-            extens = self._tracker.track(trigger.parameters, time.monotonic(), self.seconds)
-            return self._add(call_id, trigger, extens, is_early, is_again)
-
-    def append_again(self, call_id: CallID, trigger: Trigger, extens: frozenset[str]) -> None:
-        """Add a call that was told before, for those who come back."""
-        with self._lock:
-            self._add(call_id, trigger, extens, False, True)
-
-    def _add(
         self,
         call_id: CallID,
         trigger: Trigger,
-        extens: frozenset[str],
-        is_early: bool,
-        is_again: bool,
+        extens: frozenset[str] | None = None,
+        is_early: bool = False,
+        is_again: bool = False,
     ) -> Call:
-        frame = serialize_call(call_id, trigger)
-        call = Call(
-            call_id, trigger, extens, frame, self._end, time.monotonic(), is_early, is_again
-        )
-        self._ids.append(call_id)
-        self._ends.append((self._ends[-1] if self._ends else self._offset) + len(frame))
-        self._position = max(self._position, call_id)
-        self._calls.append(call)
-        self._end += 1
-        return call
+        """Add a call that is told to `extens`, or to whom it concerns as far as we know of it."""
+        with self._lock:
+            now = time.monotonic()
+            if extens is None:
+                extens = self._tracker.track(trigger.parameters, trigger.began, self.seconds)
+            frame = serialize_call(call_id, trigger)
+            call = Call(call_id, trigger, extens, frame, self._end, now, is_early, is_again)
+            self._ids.append(call_id)
+            self._ends.append((self._ends[-1] if self._ends else self._offset) + len(frame))
+            self._position = max(self._position, call_id)
+            self._calls.append(call)
+            self._end += 1
+            return call
 
     def advance(self, position: CallID) -> None:
         """Take note that there is no further call up to a position."""
@@ -3668,7 +3658,7 @@ class RedisStream:
         if not self._pending or time.monotonic() - pending.sent < REDIS_PATIENCE:
             self._be_quick()
         if pending.call is not None:
-            self.log.append_again(position, trigger, pending.call.extens)
+            self.log.append(position, trigger, pending.call.extens, is_again=True)
             return []
         self._undelivered.remove(pending)
         self.log.append(position, trigger)
