@@ -70,11 +70,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, Callable, Generic, NamedTuple, TypeVar, Union
 from urllib.parse import parse_qsl, unquote, unquote_to_bytes, urlsplit
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 DEFAULT_CONFIG = "/usr/local/etc/popup-notifier.conf"
 
 # Limits of section 3, in bytes.
-MAX_MESSAGE = 8 * 1024  # no page has to send us anything; one that does sends little
+MAX_MESSAGE = 64 * 1024
 MAX_CONTROL = 125  # RFC 6455 section 5.5
 
 # Limits of section 4, in counts, bytes and seconds.
@@ -93,6 +93,7 @@ OVERTAKING = 3.0
 READ_SIZE = 16 * 1024
 LOGGED_EXTENS = 10  # this many are named when nobody wanted a call
 LOGGED_ARRIVALS = 4  # of browsers that come at once, this many are named in the log
+MAX_HEARD = 8 * 1024  # of a message from a browser: no page has to say anything
 MAX_JOINED = 64  # slices whose frames are kept joined, 4 MiB: a crowd comes back at one place
 TURN_SLICES = 4  # that a browser is sent before the others have their turn
 MAX_UNANSWERED = 2  # pings; then a browser is gone
@@ -1485,7 +1486,7 @@ class Browser:
         self.place = 0  # in the log, while it does not keep up
         self.rest: bytes | memoryview = b""  # of the last send; it ends with a whole frame
         self.unanswered = 0  # pings
-        self.protocol = WebSocketProtocol()
+        self.protocol = WebSocketProtocol(MAX_HEARD)
 
     def __str__(self) -> str:
         text = str(self.visitor.address)
@@ -3216,7 +3217,7 @@ def tls_refusal(error: ssl.SSLError) -> RequestError:
 # Two threads, each with a link to Redis of its own, wait for it: one reads, one writes.
 
 MARKER = ("resumed", 1)  # the fields of an entry that is no call
-KEY_PATTERN = re.compile(r"[!-~]{1,64}")
+CALL_KEY = re.compile(r"[!-~]{1,64}")
 
 
 def read_reply(stream: BinaryIO, depth: int = 0) -> Any:
@@ -3370,7 +3371,7 @@ def parse_entry(position: CallID, words: list[bytes]) -> Entry:
         parameters = check_parameters(json.loads(named[b"parameters"]).items())
     except (KeyError, AttributeError, RecursionError, RequestError) as error:
         raise ValueError(str(error)) from None
-    if not KEY_PATTERN.fullmatch(key) or not source.isprintable():
+    if not CALL_KEY.fullmatch(key) or not source.isprintable():
         raise ValueError("key or source is none of ours")
     if not 0 <= milliseconds < MAX_TIME:
         raise ValueError("time is none of ours")
