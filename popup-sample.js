@@ -41,6 +41,8 @@
   const LOOKUP_TIMEOUT = 5000;   // ms that the CRM may take to say who it is
   const CLAIM_LIFE = 600000;     // ms that a tab keeps a call from the others, which may hear of it late
   const REPEAT = 3000;           // ms: the same for a call without key, which may well come again
+  const SHORT_GAP = 5000;        // ms without a connection that nobody is told of
+  const OWNER_FIRST = 200;       // ms that other tabs leave to the one that shows the call already
   const MAX_KEYS = 20000;        // calls that are known when they come again: those of a whole outage
   const MAX_CALLS = 200;         // that are known
   const MAX_CARDS = 5;
@@ -53,7 +55,7 @@
     create: ['Add to the CRM', '登録する'], stranger: ['not in the CRM', '登録なし'],
     failed: ['the CRM does not answer', '照会できません'],
     open: ['Connected', '接続中'], connecting: ['Not connected, trying again', '接続が切れています。再接続します'],
-    since: ['since', '切断'], ask: ['My extension', '自分の内線'], save: ['OK', '設定'],
+    since: ['Offline since', '切断'], ask: ['My extension', '自分の内線'], save: ['OK', '設定'],
     allow: ['Desktop notifications', 'デスクトップ通知を許可'],
     gap: ['Connected; calls may be missing', '接続中 (受け取れなかった着信があるかもしれません)'],
     unreachable: ['The PBX cannot be reached', 'PBX に接続できません'],
@@ -244,13 +246,16 @@
     let mine = [];
     let connection;
     let state = { state: 'connecting', since: Date.now() };
+    let isQuiet = false;    // the page says itself how the connection is
+    let isClosed = false;
+    let tellsEnds = Boolean(kept.tellsEnds); // this PBX tells when a call is over
 
     const now = () => Date.now() + ahead;
     function report(name, cause) {
       if (name !== state.state) state = { state: name, since: Date.now() };
-      const isQuiet = guard(options.onStatus, { state: name, reason: '', text: say(name), ...cause }) === false;
-      draw(isQuiet);
-      return !isQuiet && undefined;
+      isQuiet = guard(options.onStatus, { state: name, reason: '', text: say(name), ...cause }) === false;
+      draw();
+      return !isQuiet;
     }
     function receive(message) {
       if (message.type === 'CALL_IN' && !isRepeated(message.key)) take(message);
@@ -266,23 +271,40 @@
     // The Go daemon's calls have no key, no time, and their fields in `data` alone.
     function take({ key: name, time = now(), data }) {
       const { phone = '', exten = 'all', event = 'ring' } = data;
-      const id = data.uniqueid || name || `${phone} ${time}`;
+      const id = data.uniqueid || (event !== 'ring' && unnamedCall(phone.trim())) || name || `${phone} ${time}`;
       const late = now() - time > LATE;
       const extens = splitList(exten);
       const isMine = !mine.length || extens.some((one) => one === 'all' || mine.includes(one));
       const call = calls.get(id) || newCall(id, Boolean(data.uniqueid));
       learn(call, { event, exten, phone: phone.trim(), name: data.name || '', time, late });
+      tellsEnds = tellsEnds || event === 'end';
+      if (event === 'answer' && !tellsEnds) endOlder(call, extens, time);
       calls.delete(id); // the latest last
       calls.set(id, call);
       if (calls.size > MAX_CALLS) calls.delete(calls.keys().next().value);
-      const update = (more) => { Object.assign(call.details, more); draw(); };
+      const update = (more) => enrich(call, more);
       const heard = { key: name, phone: phone.trim(), exten, name: data.name || '', event, uniqueid: id, data };
       Object.assign(heard, { time: new Date(time), mine: isMine, missed: late && event === 'ring', update });
-      decide(call, { key: name, phone, exten }, guard(options.onCall, heard));
+      const answer = guard(options.onCall, heard);
+      decide(call, { key: name, phone, exten, event }, isMine || answer !== false ? answer : undefined);
+    }
+    // An answer or end without uniqueid belongs to the last call of that caller.
+    function unnamedCall(phone) {
+      const found = [...calls.values()].filter((call) => !call.isNamed && call.phone === phone).pop();
+      return found && found.id;
+    }
+    // Whoever answers the next call has ended the one before, if the PBX does not tell so itself.
+    function endOlder(answered, extens, time) {
+      calls.forEach((call) => {
+        const [was, since, holders] = stateOf(call, mine, now());
+        const isSame = was === 'talking' && call !== answered && holders.some((one) => extens.includes(one));
+        if (isSame && since < time) call.ended = time;
+      });
     }
     // Whether this tab shows a call: not if the page says no, or another tab has it.
     async function decide(call, first, answer) {
       Promise.resolve(answer).then((more) => enrich(call, more)).catch(complain);
+      if (call.isOurs) claim(first, true).catch(complain);
       if (answer === false || stateOf(call, mine, now())[0] === 'gone' || call.isOurs !== undefined) return;
       call.isOurs = null; // not known yet
       call.isOurs = await claim(first).catch(() => true); // storage is blocked: better twice than never
@@ -293,7 +315,7 @@
     }
     function enrich(call, more) {
       if (more === false) call.isHidden = true;
-      else Object.assign(call.details, more);
+      else Object.keys(more || {}).forEach((name) => { if (more[name]) call.details[name] = more[name]; });
       draw();
     }
     // The same caller again is the same card, unless the first call is still on somebody's phone.
@@ -324,30 +346,34 @@
     }
 
     // Draws the cards of this tab anew, from what is known.
-    function draw(isQuiet = false) {
-      const shown = [...calls.values()].map((call) => ({ call, state: stateOf(call, mine, now()) }))
+    function draw() {
+      if (isClosed) return;
+      const shown = [...calls.values()].reverse().map((call) => ({ call, state: stateOf(call, mine, now()) }))
         .filter(({ call, state: [name] }) => name !== 'gone' && call.isOurs && !call.isHidden)
         .sort((a, b) => STATES[b.state[0]].rank - STATES[a.state[0]].rank || b.call.seen - a.call.seen)
         .slice(0, MAX_CARDS)
         .sort((a, b) => b.call.seen - a.call.seen);
       showCards(shown.map(({ call, state: how }) => render(call, how, options, mine)), close);
       alertAgent(shown.filter(({ state: [name] }) => name === 'ringing').map(({ call }) => call), options);
-      if (!isQuiet) showMark({ ...state, extens: mine, isAsking: options.exten === 'ask', setExten });
+      showMark(isQuiet ? null : { ...state, extens: mine, isAsking: options.exten === 'ask', setExten });
     }
     function close(id) {
       if (calls.has(id)) calls.get(id).isHidden = true;
       draw();
     }
     function save() {
-      const fresh = [...calls.values()].filter((call) => now() - call.seen < FORGOTTEN && call.isOurs !== null);
-      keep('sessionStorage', key, { position: connection.position(), calls: fresh });
+      const fresh = [...calls.values()].filter((call) => now() - call.seen < FORGOTTEN);
+      // One that no tab has claimed yet is ours then: better twice than never.
+      fresh.filter((call) => call.isOurs === null).forEach((call) => { call.isOurs = true; });
+      keep('sessionStorage', key, { position: connection ? connection.position() : '', calls: fresh, tellsEnds });
     }
     function setExten(text) {
       if (options.exten === 'ask' && text !== 'ask') keep('localStorage', 'popup-notifier exten', text);
       mine = splitList(text === 'ask' ? keep('localStorage', 'popup-notifier exten') || '' : text);
       const position = connection ? connection.position() : kept.position;
       if (connection) connection.close();
-      connection = keepConnected(socketAddress(options, mine), position, receive, report);
+      const isUnknown = options.exten === 'ask' && !mine.length; // who has not answered is not shown everybody's
+      connection = isUnknown ? null : keepConnected(socketAddress(options, mine), position, receive, report);
       draw();
     }
 
@@ -365,10 +391,11 @@
       },
       askPermission: async () => Notification.requestPermission(),
       close() {
-        connection.close();
+        if (connection) connection.close();
         clearInterval(ticker);
         window.removeEventListener('pagehide', save);
         keep('sessionStorage', key, null);
+        isClosed = true; // what comes late, such as a look-up, draws nothing
         showCards([], close);
         alertAgent([], options);
         showMark(null);
@@ -383,13 +410,14 @@
 
   // Of several tabs one shows the call; the visible one waits least. Transactions of a database come one after
   // the other, whichever tab they are of; plain http pages have them too (but no Web Locks).
-  async function claim({ key, phone, exten }) {
+  async function claim({ key, phone, exten, event }, isOwner = false) {
     const sleep = (ms) => new Promise((resolve) => { setTimeout(resolve, ms); });
     const done = (request) => new Promise((resolve, reject) => {
       Object.assign(request, { onsuccess: () => resolve(request.result), onerror: () => reject(request.error) });
     });
     const [call, life] = key ? [key, CLAIM_LIFE] : [`${phone} ${exten}`, REPEAT];
-    await sleep((document.hidden ? 300 : 0) + (document.hasFocus() ? 0 : 100 * Math.random()));
+    const patience = (document.hidden ? 300 : 0) + (document.hasFocus() ? 0 : 100 * Math.random());
+    if (!isOwner) await sleep(patience + (event === 'ring' ? 0 : OWNER_FIRST));
     const opening = indexedDB.open('popup-notifier');
     opening.onupgradeneeded = () => opening.result.createObjectStore('claims');
     const database = await done(opening);
@@ -406,7 +434,7 @@
   // --- 5. Cards -------------------------------------------------------------
   // Turns a call into the plain data of its card: { id, kind, role, lines, links, target }.
   function render(call, [kind, since, extens], options, mine) {
-    const { name = call.name, note = '', open = '' } = call.details;
+    const { name, note = '', open = '' } = { ...call.details, name: call.details.name || call.name };
     const isWithheld = WITHHELD.test(call.phone);
     const called = extens.filter((exten) => exten !== 'all').join(',');
     const who = say(kind === 'talking' && !mine.length ? 'answered' : 'exten');
@@ -510,13 +538,18 @@
       Object.assign(card, { text, owner: close });
       cards.set(view.id, card);
     });
+    // Moved only if they have to be: a card that is moved loses the focus.
+    const places = [...stack.querySelectorAll('article:not(.notice)')].filter((card) => card.owner === close);
+    const wanted = views.map(({ id }) => cards.get(id));
+    if (wanted.some((card, index) => card !== places[index])) stack.append(...wanted);
   }
   function remove(card, id) {
     card.remove();
     cards.delete(id);
   }
   function fill(card, { kind, role, head, lines, links, target }) {
-    const safe = links.map(({ text, href }) => element('a', { href: href || '', target, rel: 'noopener' }, text))
+    const rel = target === '_blank' ? 'noopener' : ''; // with it, a named window would be a new one each time
+    const safe = links.map(({ text, href }) => element('a', { href: href || '', target, rel }, text))
       .filter((link, index) => links[index].href && /^https?:$/.test(link.protocol));
     const title = element('p', {}, element('b', {}, say(kind)), ` ${head}`);
     card.className = kind;
@@ -558,6 +591,7 @@
     ringTone = ringTone || { context: new AudioContext() };
     const ring = () => [660, 880].forEach((frequency, index) => {
       const { context } = ringTone;
+      if (context.state !== 'running') return; // else all would sound at once after the click
       const [tone, gain] = [context.createOscillator(), context.createGain()];
       tone.frequency.value = frequency;
       gain.gain.value = 0.1;
@@ -579,7 +613,7 @@
     const href = call.details.open || fillIn(call, options, options.open);
     shown.onclick = () => {
       window.focus();
-      if (/^https?:/.test(href)) window.open(href, options.target || '_blank', 'noopener');
+      if (/^https?:/.test(href)) window.open(href, options.target || '_blank', options.target ? '' : 'noopener');
     };
     notifications.set(call.id, shown);
   }
@@ -595,10 +629,11 @@
     }
     if (!status) return;
     const { state, since, extens, isAsking } = status;
-    const text = state === 'open' ? say('open') : `${say('since')} ${clock(since)}`;
+    const isShort = state !== 'open' && Date.now() - since < SHORT_GAP;
+    const text = isShort ? '…' : state === 'open' ? say('open') : `${say('since')} ${clock(since)}`;
     const label = [extens.join(',') || (isAsking && `${say('ask')}?`), text].filter(Boolean).join(' ');
     if (mark.textContent !== label) mark.textContent = label;
-    mark.className = `mark ${state}`;
+    mark.className = isShort ? 'mark' : `mark ${state}`;
     mark.onclick = () => showSettings(status);
     surface(false);
     if (isAsking && !extens.length && !stack.querySelector('form')) showSettings(status);
