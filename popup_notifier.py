@@ -348,6 +348,7 @@ def parse_redis_url(text: str) -> RedisURL:
             parse_qsl(url.query, keep_blank_values=True, strict_parsing=bool(url.query))
         )
         host, port = url.hostname or "", url.port or 6379
+        host.encode("idna")  # as the look-up of the name will do
     except ValueError:
         hint = "signs such as / ? # @ : in a password are written in percent form"
         raise ValueError(f"is not a URL that can be read: {hint}") from None
@@ -1179,6 +1180,7 @@ class Log:
 
     def __init__(self, seconds: float, position: CallID) -> None:
         self.seconds = seconds  # that calls are kept for those who come back
+        self.is_whole = True  # all calls are here that there were within that time
         self._lock = threading.Lock()
         # Guarded by the lock. Three lists alike: calls, their IDs, and where their frames would
         # end if all that ever came stood one after another.
@@ -1192,6 +1194,11 @@ class Log:
         self._position = position
         self._begin = position  # all calls after it are remembered
         self._tracker = CallTracker()
+
+    @property
+    def start(self) -> int:
+        """The place of the first call."""
+        return self._start
 
     @property
     def end(self) -> int:
@@ -1263,9 +1270,9 @@ class Log:
             return Slice(self._calls[first:last], self._start + last, position)
 
     def forget(self, place: int, seconds: float) -> None:
-        """Forget what is too much, or older than `seconds` and the history; up to a place."""
+        """Forget what is too much, or so many seconds older than the history; up to a place."""
         with self._lock:
-            oldest = time.monotonic() - max(self.seconds, seconds)
+            oldest = time.monotonic() - self.seconds - seconds
             count = 0
             while count < place - self._start and (
                 self._calls[count].logged < oldest or self._is_too_much(count, MAX_KEPT)
@@ -1323,6 +1330,10 @@ class LocalStream:
         """Return where a browser goes on: of another run's position nothing is known."""
         is_ours = since.milliseconds == self._run and since <= self.log.position
         return self.log.resume(since if is_ours else NOWHERE)
+
+    def may_hold(self, since: CallID) -> bool:
+        """Tell whether a position is, or will soon be, one of this stream."""
+        return since <= self.log.position
 
     def status(self) -> None:
         """Return how Redis is: there is none."""
@@ -1692,7 +1703,8 @@ class Hub:
 
     def _hello(self, browser: Browser) -> bytes:
         """Give a browser its place in the log; return HELLO, and ALIVE if it missed nothing."""
-        position, end = self._log.position, self._log.end
+        # In this order: a call that comes between is heard after HELLO, not passed over.
+        end, position = self._log.end, self._log.position
         hello_id, is_complete, browser.place = position, True, end
         if browser.since is not None:
             hello_id = browser.since
@@ -1706,10 +1718,14 @@ class Hub:
             "time": now,
         }
         frames = serialize_frame(Opcode.TEXT, json.dumps(hello).encode("ascii"))
-        if browser.place >= end and (browser.since is None or browser.since <= position):
+        if browser.place >= end and self._is_up_to_date(browser, position):
             browser.since = None
             frames += serialize_alive(position, now)
         return frames
+
+    def _is_up_to_date(self, browser: Browser, position: CallID) -> bool:
+        """Tell whether a browser whose place is the log's end has heard all up to a position."""
+        return browser.since is None or (self._log.is_whole and browser.since <= position)
 
     # The Hub's thread: its turns.
 
@@ -1753,6 +1769,7 @@ class Hub:
 
     def _apply(self, config: Config) -> None:
         """Let a new configuration hold for those who are here."""
+        self._take_over()
         self._pings.change_timeout(config.ping_interval, self._now)
         for browser in [*self._keeping_up, *self._lagging]:
             try:
@@ -1772,10 +1789,10 @@ class Hub:
 
     def _take_over(self) -> None:
         """Deliver new calls to those who keep up, and take note of the arrivals."""
-        self._is_called = False
+        is_called, self._is_called = self._is_called, False
         with self._lock:
             arrivals, self._arrivals = self._arrivals, []
-        before = self._position
+        before = self._place
         delivered: list[tuple[Call, int]] = []
         while True:
             slice_ = self._log.read(self._place)
@@ -1784,18 +1801,20 @@ class Hub:
             if not slice_.calls:
                 break
             calls = [call for call in slice_.calls if not call.is_again]
-            delivered += zip(calls, self._deliver(calls))
+            if calls:
+                delivered += zip(calls, self._deliver(calls))
         for browser in arrivals:
             self._admit(browser)
-        if delivered:
-            self._log.forget(self._place, STALL_TIMEOUT if self._lagging else 0)
+        if self._place != before:
+            is_needed = self._lagging or self._arrivals
+            self._log.forget(self._place, STALL_TIMEOUT if is_needed else 0)
         for call, count in delivered:
             late = [each for each in arrivals if each.place <= call.place and each.wants(call)]
             self._log_call(call, count + len(late))
         if arrivals:
             self._make_room()
             self._log_arrivals(arrivals)
-        if self._position != before:
+        if is_called:
             for browser in list(self._ahead):
                 self._lag(browser)
 
@@ -1908,6 +1927,8 @@ class Hub:
 
     def _load(self, browser: Browser) -> bool:
         """Take the next slice of what a browser is owed; False when it is forgotten."""
+        if browser.since is not None and not self.stream.may_hold(browser.since):
+            browser.since = NOWHERE  # no call will ever have come up to there
         # Those who come back together share what is joined for the first of them.
         key = (browser.place, self._place, browser.extens, browser.since)
         joined = self._joined.get(key)
@@ -1921,9 +1942,7 @@ class Hub:
                 self._joined.clear()
             self._joined[key] = joined
         frames, browser.place = joined
-        if browser.place == self._place and (
-            browser.since is None or browser.since <= self._position
-        ):
+        if browser.place == self._place and self._is_up_to_date(browser, self._position):
             browser.since = None
             if browser.recovers:
                 frames += serialize_alive(self._position, self.stream.clock())
@@ -2300,8 +2319,6 @@ def check_parameters(pairs: Iterable[tuple[str, object]]) -> dict[str, str]:
     event = given.get("event", "ring")
     if event not in EVENTS:
         raise bad_request(f"event: {quote(event)} is none of {', '.join(EVENTS)}")
-    if len(given) > MAX_PARAMETERS:
-        raise bad_request(f"more than {MAX_PARAMETERS} parameters")
     if not given.get("phone"):
         raise bad_request("phone is missing or empty; a withheld number is phone=anonymous")
     given.pop("token", None)
@@ -2781,6 +2798,8 @@ class RequestHandler:
             self.check_token(pairs)
             raise
         self.check_token(pairs)
+        if len(pairs) > MAX_PARAMETERS:
+            raise bad_request(f"more than {MAX_PARAMETERS} parameters")
         answer = partial(self.server.answer_trigger, self.connection)
         source = str(self.connection.address)
         self.server.hub.stream.publish(check_parameters(pairs), source, answer)
@@ -3211,8 +3230,8 @@ def tls_refusal(error: ssl.SSLError) -> RequestError:
 #
 # Lost to the other nodes are the calls of a node that dies before Redis is back, and those that
 # wait for longer than HISTORY. If Redis itself forgot entries (no appendonly), its stream is
-# pushed on to where we were, so that IDs never go back. A stream begins with an entry that is no
-# call: it says how far back the history goes.
+# pushed on to where we were, so that IDs never go back. A node that finds the stream empty begins
+# it with an entry that is no call: it says how far back the history goes.
 #
 # Two threads, each with a link to Redis of its own, wait for it: one reads, one writes.
 
@@ -3265,8 +3284,8 @@ class Link:
     def __init__(self, url: RedisURL) -> None:
         with contextlib.ExitStack() as stack:
             self._sock = connect(url)
-            stack.callback(self.close)
             self._replies = self._sock.makefile("rb")
+            stack.callback(self.close)
             if url.login:
                 try:
                     self.ask(("AUTH", *url.login))
@@ -3281,6 +3300,7 @@ class Link:
 
     def close(self) -> None:
         """Hang up."""
+        self._replies.close()
         self._sock.close()
 
     def send(self, *commands: tuple[object, ...]) -> None:
@@ -3383,13 +3403,13 @@ def parse_stream(reply: Any) -> tuple[CallID, list[Entry]]:
     entries, strange = [], []
     with expecting("a stream"):
         ((_, items),) = reply
+        position = parse_id(items[-1][0].decode())
         for name, words in items:
-            position = parse_id(name.decode())
             try:
-                entries.append(parse_entry(position, words))
+                entries.append(parse_entry(parse_id(name.decode()), words))
             except ValueError as error:
                 if words[:1] != [MARKER[0].encode()]:
-                    strange.append(f"{position}: {error}")
+                    strange.append(f"{name.decode()}: {error}")
     if strange:
         log.warning("%d stream entries are no calls, the first is %s", len(strange), strange[0])
     return position, entries
@@ -3416,7 +3436,17 @@ class RedisStatus(NamedTuple):
 class Pending:
     """A call of this node that has not come back through the stream yet."""
 
-    __slots__ = ("answer", "began", "call", "key", "parameters", "sent", "source")
+    __slots__ = (
+        "answer",
+        "began",
+        "extens",
+        "key",
+        "parameters",
+        "place",
+        "sent",
+        "size",
+        "source",
+    )
 
     def __init__(
         self, key: str, parameters: Mapping[str, str], source: str, answer: Callable[[], None]
@@ -3426,7 +3456,9 @@ class Pending:
         self.source = source
         self.answer = answer
         self.began = time.monotonic()
-        self.call: Call | None = None  # once delivered early
+        self.size = sum(len(name) + len(value) for name, value in parameters.items())
+        self.place = 0  # in the log, once it is delivered early
+        self.extens: frozenset[str] | None = None  # who was told then
         self.sent = -math.inf  # when it was last written into the stream
 
 
@@ -3435,6 +3467,7 @@ class RedisStream:
 
     def __init__(self, url: RedisURL, seconds: float) -> None:
         self.log = Log(seconds, NOWHERE)
+        self.log.is_whole = False  # until the stream was read
         self._url = url
         self._start = time.monotonic()
         self._has_tried = threading.Event()  # to read the history
@@ -3444,12 +3477,13 @@ class RedisStream:
         self._state, self._reason = RedisState.AWAY, f"connecting to {url}"
         self._broken = {"read", "write"}  # links
         self._is_synchronized = False  # the history was read
-        self._ahead = int(
+        self._offset = int(
             (time.time() - self._start) * 1000
         )  # Redis's clock, of our monotonic one
         self._news_begin = NOWHERE  # calls up to here are history, not news
         self._node, self._number = os.urandom(4).hex(), 0  # of the last key
         self._pending: collections.OrderedDict[str, Pending] = collections.OrderedDict()
+        self._pending_size = 0  # characters of what was sent to us
         self._undelivered: collections.deque[Pending] = collections.deque()  # of these
         self._keys: collections.OrderedDict[str, None] = collections.OrderedDict()  # were there
         self._lost = self._reported = 0  # calls that waited for too long
@@ -3465,7 +3499,7 @@ class RedisStream:
 
     def clock(self) -> int:
         """Return the time that calls are triggered by: Redis's, in milliseconds since 1970."""
-        return self._ahead + int(time.monotonic() * 1000)
+        return self._offset + int(time.monotonic() * 1000)
 
     def publish(
         self, parameters: Mapping[str, str], source: str, answer: Callable[[], None]
@@ -3475,26 +3509,29 @@ class RedisStream:
             self._number += 1
             pending = Pending(f"{self._node}-{self._number}", parameters, source, answer)
             self._pending[pending.key] = pending
+            self._pending_size += pending.size
             self._undelivered.append(pending)
             self._give_up()
             is_up = self._state is RedisState.UP and len(self._undelivered) <= REDIS_WAITING
             done = [] if is_up else self._deliver_early(math.inf)
             self._changed.notify_all()
-        self._conclude(done)
+        if done:
+            self._conclude(done)
 
     def resume(self, since: CallID) -> Resumption:
         """Return where a browser goes on, which may have heard more than we have read yet."""
         with self._lock:
-            is_known = self._is_synchronized
-            position, now = self.log.position, self.clock()
-            # Of what is far ahead of us nothing is known: it is another stream's, or was lost.
-            is_ours = since <= position or abs(since.milliseconds - now) < 1000 * REDIS_AHEAD
-            resumption = self.log.resume(since if is_ours or not is_known else NOWHERE)
-            early = next((each.call for each in self._pending.values() if each.call), None)
-        place, since, is_complete = resumption
-        if early is not None:
-            place = min(place, early.place)
-        return Resumption(place, since, is_complete and is_known)
+            resumption = self.log.resume(since if self.may_hold(since) else NOWHERE)
+            early = (each.place for each in self._pending.values() if each.extens is not None)
+            place = min(resumption.place, next(early, resumption.place))
+        is_complete = resumption.is_complete and self.log.is_whole
+        return Resumption(max(place, self.log.start), resumption.since, is_complete)
+
+    def may_hold(self, since: CallID) -> bool:
+        """Tell whether a position is one of this stream, which others may have read further."""
+        # What is far ahead of us is another stream's, or was lost.
+        is_near = abs(since.milliseconds - self.clock()) < 1000 * REDIS_AHEAD
+        return since <= self.log.position or is_near or not self.log.is_whole
 
     def status(self) -> RedisStatus:
         """Return how Redis is."""
@@ -3589,6 +3626,8 @@ class RedisStream:
             else:
                 position, block = self._look(link), int(REDIS_BLOCK * 1000)
             if block > 1:
+                self.log.is_whole = True
+                self._deliver()
                 self._mend("read")
                 self._has_tried.set()
 
@@ -3606,13 +3645,17 @@ class RedisStream:
             if last >= position:
                 return self._synchronize(parse_time(clock), first, last)
             log.warning("Redis has lost calls: its stream %s ended before %s", stream, position)
-        # Another node may have done it already: then Redis refuses.
-        with contextlib.suppress(RedisError):
+        try:
             link.ask(("XADD", stream, position if any(position) else "*", *MARKER))
+        except ReplyError:
+            raise
+        except RedisError as error:
+            log.debug("another node has done it already: %s", error)
         with self._lock:
             self._send_again()
             # Others may have gone on: what is known already is passed over.
-            return self._horizon(parse_time(clock))
+            self._news_begin = self._horizon(parse_time(clock))
+            return self._news_begin
 
     def _horizon(self, now: int) -> CallID:
         """Return the position before which calls are no news to anybody."""
@@ -3629,6 +3672,7 @@ class RedisStream:
                 position = min(self._horizon(now), last)
             if not self._is_synchronized or first > position:
                 self.log.begin_at(max(first, position))
+                self.log.advance(position)
             self._is_synchronized = True
             return position
 
@@ -3640,13 +3684,14 @@ class RedisStream:
                 done += self._receive_entry(entry)
             self.log.advance(position)
             ahead = self.log.position.milliseconds - int(time.monotonic() * 1000)
-            self._ahead = max(self._ahead, ahead)
+            self._offset = max(self._offset, ahead)
             self._changed.notify_all()
         self._conclude(done)
 
     def _receive_entry(self, entry: Entry) -> list[Callable[[], None]]:
         """Put a call of the stream into the log; return the answer to who triggered it here."""
         pending = self._pending.pop(entry.key, None)
+        self._pending_size -= pending.size if pending else 0
         if not self._remember(entry.key):
             return []
         delay = max(self.clock() - entry.time, 0) / 1000
@@ -3658,8 +3703,8 @@ class RedisStream:
             return []
         if not self._pending or time.monotonic() - pending.sent < REDIS_PATIENCE:
             self._be_quick()
-        if pending.call is not None:
-            self.log.append(position, trigger, pending.call.extens, is_again=True)
+        if pending.extens is not None:
+            self.log.append(position, trigger, pending.extens, is_again=True)
             return []
         self._undelivered.remove(pending)
         self.log.append(position, trigger)
@@ -3688,7 +3733,7 @@ class RedisStream:
         """Take note of Redis's time as it is just now; its stream may be ahead."""
         with self._lock:
             now = max(now, self.log.position.milliseconds)
-            self._ahead = now - int(time.monotonic() * 1000)
+            self._offset = now - int(time.monotonic() * 1000)
             if not self._pending:
                 self._be_quick()
 
@@ -3735,7 +3780,7 @@ class RedisStream:
         return ("key", pending.key, "time", self._time_of(pending), *call)
 
     def _time_of(self, pending: Pending) -> int:
-        return max(self._ahead + int(pending.began * 1000), 0)
+        return max(self._offset + int(pending.began * 1000), 0)
 
     def _send_again(self) -> None:
         """Take note that what was written may not have arrived."""
@@ -3748,9 +3793,10 @@ class RedisStream:
         answers = []
         while self._undelivered and self._undelivered[0].began <= until:
             pending = self._undelivered.popleft()
-            call = (pending.parameters, pending.source, pending.began)
-            trigger = Trigger(pending.key, self._time_of(pending), *call)
-            pending.call = self.log.append(self.log.position, trigger, is_early=True)
+            facts = (pending.parameters, pending.source, pending.began)
+            trigger = Trigger(pending.key, self._time_of(pending), *facts)
+            call = self.log.append(self.log.position, trigger, is_early=True)
+            pending.place, pending.extens = call.place, call.extens
             answers.append(pending.answer)
         return answers
 
@@ -3763,10 +3809,11 @@ class RedisStream:
         oldest = time.monotonic() - self._patience()
         while self._pending:
             pending = next(iter(self._pending.values()))
-            is_old = pending.began < oldest or len(self._pending) > MAX_HISTORY
-            if pending.call is None or not is_old:
+            is_full = len(self._pending) > MAX_HISTORY or self._pending_size > MAX_HISTORY_SIZE
+            if pending.extens is None or not (is_full or pending.began < oldest):
                 break
             del self._pending[pending.key]
+            self._pending_size -= pending.size
             self._remember(pending.key)
             self._lost += 1
 

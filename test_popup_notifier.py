@@ -1095,6 +1095,20 @@ class TestLog(unittest.TestCase):
                     last = json.loads(frames[-1][1])["id"]
                     self.assertEqual((alive["type"], alive["id"]), ("ALIVE", last))
 
+    def test_who_begins_at_the_oldest_call_gets_it(self) -> None:
+        stream = popup_notifier.LocalStream(60)
+        trigger = popup_notifier.Trigger("k", 1, {"phone": "1", "exten": "all"}, "", 0.0)
+        now = time.monotonic()
+        for number, age in enumerate((65, 59.99, 1)):
+            call_id = popup_notifier.CallID(1, number)
+            stream.log.append(call_id, trigger._replace(began=now - age))
+        place = stream.log.resume(popup_notifier.NOWHERE).place
+        self.assertEqual(place, 1)
+        stream.log.forget(3, popup_notifier.STALL_TIMEOUT)  # a moment later, while it lags
+        slice_ = stream.log.read(place)
+        assert slice_ is not None
+        self.assertEqual([call.id.sequence for call in slice_.calls], [1, 2])
+
     def test_those_who_never_read_the_history_cost_no_memory(self) -> None:
         with Daemon(HISTORY=600) as daemon, contextlib.ExitStack() as stack:
             for number in range(4000):
@@ -2337,6 +2351,7 @@ BAD_URLS = [
     ("h:6379", "does not begin with"),
     ("http://h", "does not begin with"),
     ("redis://", "names no host"),
+    ("redis://redis..local", "percent form"),
     ("redis://h:x", "percent form"),
     ("redis://h:99999", "percent form"),
     ("redis://:geheim/geheim@h", "percent form"),
@@ -2658,6 +2673,39 @@ class TestRelay(unittest.TestCase):
         self.assertEqual(late["key"], first["key"])
         self.assertLess(abs(late["time"] - first["time"]), 1000)
         self.assertLess(late["time"], call_id(late)[0] - 1000)
+
+    def test_start_without_redis_serves_those_who_come_back(self) -> None:
+        with Redis() as redis, contextlib.ExitStack() as stack:
+            one = stack.enter_context(Daemon(REDIS_URL=redis.url))
+            one.wait_for_log(UP)
+            with one.browser("?since=") as browser:
+                position = browser.hello()["id"]
+                one.trigger(phone="1")
+                browser.phones(1)
+            until(lambda: not waiting_calls(one), "the call is in the stream")
+            redis.kill()
+            other = stack.enter_context(Daemon(REDIS_URL=redis.url))
+            other.wait_for_log(AWAY)
+            with other.browser(f"?since={position}") as browser:
+                self.assertFalse(browser.hello()["complete"])
+                other.trigger(phone="2")
+                self.assertEqual(browser.phones(1), ["2"])
+                redis.start()  # what was there before this daemon is brought in then
+                self.assertEqual(browser.phones(1), ["1"])
+                other.trigger(phone="3")
+                phones = [browser.message()["phone"]]
+                while phones[-1] != "3":  # 2 may come again, under its key
+                    phones += browser.phones(1)
+                self.assertLessEqual(set(phones), {"2", "3"})
+
+    def test_all_parameters_that_may_be_reach_every_daemon(self) -> None:
+        with Redis() as redis, contextlib.ExitStack() as stack:
+            one, other = self.pair(stack, redis)
+            more = "".join(f"&x{number}=1" for number in range(popup_notifier.MAX_PARAMETERS - 2))
+            with other.browser() as browser:
+                self.assertEqual(one.trigger(more), 200)
+                self.assertEqual(len(browser.message()["data"]), popup_notifier.MAX_PARAMETERS)
+                self.assertEqual(one.trigger(f"{more}&y=1"), 400)
 
     def test_call_that_waits_too_long_is_given_up(self) -> None:
         with Redis() as redis, Daemon(REDIS_URL=redis.url, HISTORY=1) as daemon:
