@@ -344,8 +344,8 @@ class NetworkTests(unittest.TestCase):
         self.trigger(daemon, "6")
         tab.wait_for("calls.length >= 6", 3 * TIMEOUT)
         self.assertEqual(tab.evaluate("calls.map((call) => call.phone)"), list("123456"))
-        ids = tab.evaluate("calls.map((call) => call.id)")
-        self.assertEqual(len(set(ids)), 6, ids)
+        keys = tab.evaluate("calls.map((call) => call.key)")
+        self.assertEqual(len(set(keys)), 6, keys)
         missed = tab.evaluate("calls.filter((call) => call.missed).map((call) => call.phone)")
         self.assertEqual(missed, list("345") if seconds > STILL_RINGING else [])
 
