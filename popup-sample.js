@@ -464,7 +464,8 @@
     article, form { --line: #1a7f37; position: relative; flex: none; padding: 12px 48px 12px 16px;
       border: 1px solid #8886; border-left: 5px solid var(--line); border-radius: 8px; background: #fff; color: #1f2328;
       box-shadow: 0 6px 24px #0004; overflow-wrap: anywhere; pointer-events: auto }
-    .talking { --line: #0969da } .missed, .notice { --line: #cf222e } .rang { --line: #9a6700 } .ended { --line: #59636e }
+    .talking { --line: #0969da } .missed, .notice { --line: #cf222e } .rang { --line: #9a6700 }
+    .ended { --line: #59636e }
     a, b { color: var(--line) } p { margin: 0; unicode-bidi: isolate } p:empty { display: none }
     article p:nth-of-type(2) { font-size: 1.5em; font-weight: 600 }
     .ended p:nth-of-type(2), .rang p:nth-of-type(2) { font-size: 1.15em }
@@ -479,7 +480,8 @@
     form { padding-right: 16px; display: grid; gap: 8px } form input { padding: 4px 8px }
     @media (prefers-color-scheme: dark) {
       article, form { --line: #3fb950; background: #1c2128; color: #e6edf3 }
-      .talking { --line: #58a6ff } .missed, .notice { --line: #ff7b72 } .rang { --line: #d29922 } .ended { --line: #9198a1 } }
+      .talking { --line: #58a6ff } .missed, .notice { --line: #ff7b72 } .rang { --line: #d29922 }
+      .ended { --line: #9198a1 } }
     @media print { section { display: none } }`;
 
   const host = element('popup-notifier', { popover: 'manual' });
