@@ -5,11 +5,11 @@
  *           data-open="https://crm.example/search?phone={phone}"></script>
  *
  * data-exten      my extensions, "201" or "201,202"; "ask": each agent is asked once; none: every call
- * data-open       link in the popup; {phone}, {exten} and {name} are filled in, percent-encoded
+ * data-open       link on the card; {phone}, {exten} and {name} are filled in, percent-encoded
  * data-target     where it opens: "_self", or a window's name; a new tab without it
  * data-lookup     asks the CRM who it is: "/customers?tel={phone}" gives JSON {name, open, note}
  * data-create     link for a number that the CRM does not know: "/customers/new?tel={phone}"
- * data-alert      more than the popup, for who looks elsewhere: "title sound notification"
+ * data-alert      more than the card, for an agent who looks elsewhere: "title sound notification"
  * data-normalise  how {phone} begins there: "0" makes 0312345678 of +81312345678, "+81" the reverse
  * data-url        the daemon, if this script comes from elsewhere: "wss://pbx.example/crmws"
  * data-token      browser token, if the daemon wants one (never SECRET_TOKEN: every reader sees it)
@@ -17,34 +17,35 @@
  *
  *   const n = PopupNotifier.connect({ exten: '201', onCall: (call) => {}, onStatus: (status) => {} });
  *
- * onCall gets every event of a call, in every tab: { phone, exten, name, event, time, mine, missed, ... }; it may
- * return false (no popup), or { name, open, note }, or a promise of these. onStatus gets { state: 'connecting' or
- * 'open', reason, text }; it returns false: nothing of it in the page. n.calls: those that are known, with their state.
- * n.exten = '202'; n.askPermission(), on a click: desktop notifications; n.close() takes everything away.
- * Options may also stand in the script's own address: popup-sample.js?exten=201&manual
+ * onCall gets every event of a call, in every tab: { phone, exten, name, event, time, mine, missed, ... };
+ * it may return false (no card), or { name, open, note }, or a promise of either. onStatus gets
+ * { state: 'connecting' or 'open', reason, text }; if it returns false, the page shows none of it.
+ * n.calls: what is known; n.exten = '202'; n.askPermission(), on a click: desktop notifications;
+ * n.close() takes everything away. Options may also stand in the address: popup-sample.js?exten=201&manual
  */
 (() => {
   'use strict';
   if (window.PopupNotifier) return; // the page loads this script twice
 
   // --- 1. Options -----------------------------------------------------------
-  const FIRST_DELAY = 2000;      // ms: a new attempt comes at a random moment up to this; it doubles
-  const LONGEST_DELAY = 30000;   // ms
-  const GOOD_CONNECTION = 10000; // ms: after one that held so long the delay is short again
-  const CONNECT_TIMEOUT = 20000; // ms: Firefox itself holds attempts back after a failure
-  const BEATS = 2.5;             // intervals of silence that mean a dead connection
-  const RINGING = 60000;         // ms without news: a call does not look like ringing any more
-  const LATE = 30000;            // ms: one that is older when it comes never does
-  const OVERTAKING = 3000;       // ms: a ring so close behind an answer or end was sent before that
-  const ENDED = 20000;           // ms that a card stays when its call has ended
-  const FORGOTTEN = 43200000;    // ms after which nothing is known of a call
-  const LOOKUP_TIMEOUT = 5000;   // ms that the CRM may take to say who it is
-  const CLAIM_LIFE = 600000;     // ms that a tab keeps a call from the others, which may hear of it late
-  const REPEAT = 3000;           // ms: the same for a call without key, which may well come again
-  const SHORT_GAP = 5000;        // ms without a connection that nobody is told of
-  const OWNER_FIRST = 200;       // ms that other tabs leave to the one that shows the call already
-  const MAX_KEYS = 20000;        // calls that are known when they come again: those of a whole outage
-  const MAX_CALLS = 200;         // that are known
+  // Limits, the words in both languages, and helpers for all sections.
+  const FIRST_DELAY = 2000;       // ms: a new attempt comes at a random moment up to this; it doubles,
+  const LONGEST_DELAY = 30000;    // ms: but not beyond this
+  const GOOD_CONNECTION = 10000;  // ms: after a connection that held this long, the delay is short again
+  const CONNECT_TIMEOUT = 20000;  // ms: Firefox itself holds attempts back after a failure
+  const BEATS = 2.5;              // intervals of silence that mean a dead connection
+  const ANSWER_TIMEOUT = 5000;    // ms that the CRM or the daemon may take to answer a request
+  const RINGING = 60000;          // ms without news after which a call no longer counts as ringing
+  const LATE = 30000;             // ms: a call that is older than this on arrival never does
+  const OVERTAKING = 3000;        // ms: a ring this soon after an answer or an end was sent before it
+  const ENDED = 20000;            // ms that a card stays once its call has ended
+  const FORGOTTEN = 43200000;     // ms after which a call is not carried over to the next page
+  const CLAIM_LIFE = 600000;      // ms that a tab keeps a call from the others, which may hear of it late
+  const REPEAT = 3000;            // ms: the same for a call without a key, which may well come again
+  const OWNER_FIRST = 200;        // ms that other tabs leave to the one that already shows the call
+  const SHORT_GAP = 5000;         // ms without a connection that nobody is told of
+  const MAX_KEYS = 20000;         // messages recognised when they come again: those of a whole outage
+  const MAX_CALLS = 200;          // calls known at a time
   const MAX_CARDS = 5;
   const WITHHELD = /^(anonymous|private|unknown|unavailable|restricted|withheld|非通知)?$/i;
   const WORDS = {
@@ -54,12 +55,14 @@
     withheld: ['withheld', '非通知'], link: ['Open', '開く'], dismiss: ['Close', '閉じる'],
     create: ['Add to the CRM', '登録する'], stranger: ['not in the CRM', '登録なし'],
     failed: ['the CRM does not answer', '照会できません'],
-    open: ['Connected', '接続中'], connecting: ['Not connected, trying again', '接続が切れています。再接続します'],
-    since: ['Offline since', '切断'], ask: ['My extension', '自分の内線'], save: ['OK', '設定'],
+    ask: ['My extension', '自分の内線'], save: ['OK', '設定'],
     allow: ['Desktop notifications', 'デスクトップ通知を許可'],
+    open: ['Connected', '接続中'], since: ['Offline since', '切断'],
+    connecting: ['Not connected, trying again', '接続が切れています。再接続します'],
     gap: ['Connected; calls may be missing', '接続中 (受け取れなかった着信があるかもしれません)'],
     unreachable: ['The PBX cannot be reached', 'PBX に接続できません'],
-    permission: ['The browser keeps this page from the local network', 'ブラウザでローカルネットワークへの接続を許可してください'],
+    permission: ['The browser keeps this page from the local network',
+      'ブラウザでローカルネットワークへの接続を許可してください'],
     mixed: ['An https page needs a wss: address', 'https のページからは wss: で接続してください'],
     policy: ['This page\'s Content-Security-Policy forbids', 'ページの Content-Security-Policy で禁止されています'],
     refused: ['The PBX refuses the connection', 'PBX に接続を拒否されました'],
@@ -67,53 +70,54 @@
     403: ['The PBX refuses this address (403)', 'このアドレスからの接続は許可されていません (403)'],
     426: ['WebSocket does not pass (proxy?)', 'WebSocket が通りません (リバースプロキシの設定?)'],
   };
+
   const script = document.currentScript;
   const scriptOptions = { ...Object.fromEntries(new URL(script.src).searchParams), ...script.dataset };
   const language = () => document.documentElement.lang || navigator.language;
   const isJapanese = () => /^ja\b/i.test(language());
   const say = (key) => WORDS[key][isJapanese() ? 1 : 0];
   const clock = (time) => new Date(time).toTimeString().slice(0, 5);
-  const splitList = (text = '') => text.toLowerCase().split(/[\s,]+/).filter(Boolean);
-  function socketAddress({ url = '/crmws', token }, extens) {
-    const address = new URL(url, script.src);
-    address.protocol = address.protocol.replace('http', 'ws');
-    extens.forEach((one) => address.searchParams.append('exten', one));
-    if (token) address.searchParams.set('token', token);
-    return address;
+  const splitList = (text) => String(text || '').toLowerCase().split(/[\s,]+/).filter(Boolean);
+  const joinWords = (...words) => words.filter(Boolean).join(' ');
+  const sleep = (ms) => new Promise((resolve) => { setTimeout(resolve, ms); });
+  const complain = (error) => console.error('popup-notifier:', error);
+  // Whatever the page's own code throws, or the browser forbids, stops nothing here.
+  function guard(call, ...args) {
+    try { return call(...args); } catch (error) { return complain(error); }
   }
-  // What is kept for this tab, or for this browser; a page may forbid both.
-  function keep(storage, key, value) {
-    try {
-      if (value === undefined) return JSON.parse(window[storage].getItem(key));
-      window[storage].setItem(key, JSON.stringify(value));
-    } catch (error) { /* it is not kept */ }
-    return null;
-  }
+  // What is kept for this tab, or for this browser; the storage of either may be forbidden or full.
+  const recall = (storage, key) => guard(() => JSON.parse(window[storage].getItem(key)));
+  const remember = (storage, key, value) => guard(() => window[storage].setItem(key, JSON.stringify(value)));
 
   // --- 2. Connection --------------------------------------------------------
-  // Keeps one WebSocket open, from a position in the stream of calls on, until close() is called.
-  function keepConnected(address, start, receive, report) {
-    let socket, timer, notice, heardAt, openedAt, isMixed;
-    let patience;         // ms of silence that mean a dead connection
-    let position = start; // the last id of any message: all calls up to it have arrived
-    let failures = 0;     // connections in a row that did not hold
-    let cause = {};       // why there is none: reason and text, once known
-    let blocked = '';     // what the page's policy forbade
+  // One WebSocket that reconnects by itself, and the reason when it cannot.
+
+  // Each attempt asks address() where to, if anywhere; receive() gets every message, report() every change of
+  // state, until `ending` is aborted.
+  function keepConnected(address, receive, report, ending) {
+    let socket, timer, url;
+    let openedAt;     // 0: not yet
+    let heardAt;      // the time of the last message
+    let patience;     // ms of silence that mean a dead connection
+    let failures = 0; // connections in a row that did not hold
+    let cause = {};   // why there is none: reason and text, once known
+    let obstacle;     // the same, when the browser itself forbids it
 
     function open() {
       drop();
-      openedAt = Infinity; // not yet
+      url = address();
+      if (!url || ending.signal.aborted) return;
+      openedAt = 0;
       heardAt = Date.now();
       patience = CONNECT_TIMEOUT;
-      address.searchParams.set('since', position);
       try {
-        socket = Object.assign(new WebSocket(address.href), { onopen, onmessage, onclose });
+        socket = Object.assign(new WebSocket(url), { onopen, onmessage, onclose });
       } catch (error) { // ws: from an https page, unless Chrome lets it pass to a private address
-        isMixed = true;
+        obstacle = { reason: 'mixed', text: say('mixed') };
         onclose();
       }
     }
-    // A dead connection may take minutes to close: nobody waits for it, or hears it again.
+    // Closing a dead connection may take minutes: nobody waits for that, or listens to it any more.
     function drop() {
       clearTimeout(timer);
       if (socket) Object.assign(socket, { onopen: null, onmessage: null, onclose: null }).close();
@@ -123,220 +127,238 @@
       openedAt = heardAt = Date.now();
       patience = Infinity; // until HELLO promises a beat: the Go daemon has none
       cause = {};
-      dismiss(notice);
-      report('open');
+      report('open', cause);
     }
     function onmessage(event) {
       const message = JSON.parse(event.data);
       heardAt = Date.now();
       if (message.type === 'HELLO') patience = message.interval * 1000 * BEATS;
-      position = message.id || position;
       receive(message);
     }
     function onclose() {
       drop();
-      failures = Date.now() - openedAt > GOOD_CONNECTION ? 0 : failures + 1;
+      const hasHeld = openedAt && Date.now() - openedAt > GOOD_CONNECTION;
+      failures = hasHeld ? 0 : failures + 1;
       // A restart cuts all browsers off at the same moment; chance spreads their return.
       timer = setTimeout(open, Math.random() * Math.min(FIRST_DELAY * 2 ** failures, LONGEST_DELAY));
-      if (failures > 1 && openedAt === Infinity) explain();
+      if (failures > 1 && !openedAt) explain();
       report('connecting', cause);
     }
-    // Says once why there is no connection; the agent is not told when a PBX is gone for a while.
     async function explain() {
-      const found = await findCause(address, isMixed, blocked);
-      if (openedAt < Infinity || found.reason === cause.reason) return;
+      const found = obstacle || await findCause(url);
+      if (openedAt || found.reason === cause.reason || ending.signal.aborted) return;
       cause = found;
-      if (report('connecting', cause) === false || (position && cause.reason === 'unreachable')) return;
-      dismiss(notice);
-      notice = showNotice(cause.text);
+      report('connecting', cause, true);
     }
-    // After a sleep readyState says OPEN for a long time; the age of the last message tells.
-    function look({ type }) {
+    // After a sleep readyState says OPEN for a long time; the age of the last message tells the truth.
+    function check() {
       if (socket && Date.now() - heardAt > patience) onclose();
-      if (type === 'online' || (type !== 'tick' && !document.hidden && !socket)) open();
+    }
+    // Somebody is looking at the page again, or the network has changed.
+    function wake({ type }) {
+      check();
+      if (type === 'online' || (!socket && !document.hidden)) open();
+    }
+    function restart() {
+      drop();
+      timer = setTimeout(open, 0); // not at once: the page has no `n` yet
     }
     function onViolation({ effectiveDirective, blockedURI }) {
-      if (/^(wss?|https?):/.test(blockedURI) && blockedURI.includes(address.host)) blocked = effectiveDirective;
+      if (!url || !/^(wss?|https?):/.test(blockedURI) || !blockedURI.includes(url.host)) return;
+      obstacle = { reason: 'policy', text: `${say('policy')}: ${effectiveDirective} ${url.origin}` };
     }
-    const ticker = setInterval(look, 1000, { type: 'tick' });
-    const listening = new AbortController();
-    ['online', 'pageshow', 'visibilitychange'].forEach((type) => window.addEventListener(type, look, listening));
-    document.addEventListener('securitypolicyviolation', onViolation, listening);
-    window.addEventListener('pagehide', drop, listening); // a page that may come back holds no connection
-    timer = setTimeout(open, 0); // not at once: the page has no `n` yet
-    return {
-      position: () => position,
-      close() {
-        drop();
-        clearInterval(ticker);
-        listening.abort();
-        dismiss(notice);
-      },
-    };
+    window.addEventListener('online', wake, ending);
+    window.addEventListener('pageshow', wake, ending);
+    window.addEventListener('pagehide', drop, ending); // a page that may come back holds no connection
+    document.addEventListener('visibilitychange', wake, ending);
+    document.addEventListener('securitypolicyviolation', onViolation, ending);
+    return { restart, check, drop };
   }
 
   // The browser hides why a handshake was refused; the daemon's answer to a plain GET tells.
-  async function findCause({ href }, isMixed, blocked) {
-    if (blocked) return { reason: 'policy', text: `${say('policy')}: ${blocked} ${new URL(href).origin}` };
-    const answer = await fetch(href.replace('ws', 'http'), { signal: AbortSignal.timeout(5000) }).catch(() => null);
+  async function findCause({ href }) {
+    const request = fetch(href.replace('ws', 'http'), { signal: AbortSignal.timeout(ANSWER_TIMEOUT) });
+    const answer = await request.catch(() => null);
     if (answer) {
       const reason = answer.status in WORDS ? answer.status : 'refused';
       return { reason, text: `${say(reason)}: ${(await answer.text()).slice(0, 200)}` };
     }
-    // A public page may reach a private address only with permission, by either name. Plain http pages are told
-    // "denied" of any address, also of those that they may reach.
+    // A public page may reach a private address only with permission, which has two names. Plain http pages
+    // are told "denied" of any address, also of those that they may reach.
     const isDenied = async (name) => (await navigator.permissions.query({ name })).state === 'denied';
     const names = window.isSecureContext ? ['local-network-access', 'local-network'] : [];
     const denials = await Promise.all(names.map((name) => isDenied(name).catch(() => false)));
-    const reason = isMixed ? 'mixed' : denials.includes(true) ? 'permission' : 'unreachable';
+    const reason = denials.includes(true) ? 'permission' : 'unreachable';
     return { reason, text: say(reason) };
   }
 
   // --- 3. The life of a call ------------------------------------------------
-  // What is known of a call are facts: who rang, who answered, the end, each with its time. They add up to the
-  // same state in whatever order they come, and however often.
+  // What is known of a call are facts: who rang, who answered, the end, each with its time. They add up to
+  // the same state in whatever order they come, and however often. Nothing here reads the page or the clock.
+  const KINDS = ['ringing', 'talking', 'missed', 'rang', 'ended']; // the last go first when there is no room
   const newCall = (id, isNamed) => ({
-    id, isNamed, phone: '', name: '', began: Infinity, seen: 0, rings: {}, answers: {}, ended: 0, times: 1, details: {},
+    id, isNamed, phone: '', name: '', times: 1, details: {},
+    began: Infinity, seen: 0, ended: 0, // when: its first event, its last, and its end
+    rings: {}, answers: {},             // when: the last one of each extension
   });
-
-  function learn(call, { event, exten, phone, name, time, late }) {
+  function learn(call, { event, exten, phone, name, time, isLate }) {
     if (time < call.began) Object.assign(call, { began: time, phone, exten, name: name || call.name });
+    if (time > call.seen) Object.assign(call, { seen: time, isLate });
     call.name = call.name || name;
-    call.seen = Math.max(call.seen, time);
-    call.isLate = late;
     if (event === 'end') call.ended = Math.max(call.ended, time);
     const facts = { ring: call.rings, answer: call.answers }[event] || {};
     splitList(exten).forEach((one) => { facts[one] = Math.max(facts[one] || 0, time); });
   }
+  const concerns = (mine, exten) => !mine.length || exten === 'all' || mine.includes(exten);
 
-  // Returns [state, since when, extensions]; the state is a key of STATES, or 'gone' where nothing is to be shown.
+  // Returns { kind, since, extens }; the kind is one of KINDS, or 'gone' where nothing is to be shown.
   function stateOf(call, mine, now) {
-    const isMine = (exten) => !mine.length || exten === 'all' || mine.includes(exten);
-    const latest = (facts, test) => Math.max(0, ...Object.keys(facts).filter(test).map((exten) => facts[exten]));
-    const answeredAt = latest(call.answers, () => true);
+    const isMine = (exten) => concerns(mine, exten);
+    const rang = Object.keys(call.rings);
+    const rangAt = Math.max(0, ...rang.filter(isMine).map((exten) => call.rings[exten]));
+    const answeredAt = Math.max(0, ...Object.values(call.answers));
     const holders = Object.keys(call.answers).filter((exten) => call.answers[exten] === answeredAt);
     const isHere = holders.some(isMine);
-    const rangAt = latest(call.rings, isMine);
-    const rang = Object.keys(call.rings);
     const settledAt = Math.max(answeredAt, call.ended);
     if (rangAt && (!settledAt || rangAt - settledAt >= OVERTAKING)) {
-      return [now - rangAt < RINGING && !call.isLate ? 'ringing' : 'rang', rangAt, rang];
+      const isRinging = now - rangAt < RINGING && !call.isLate;
+      return { kind: isRinging ? 'ringing' : 'rang', since: rangAt, extens: rang };
     }
-    if (call.ended && !answeredAt && rangAt) return ['missed', rangAt, rang];
-    if (call.ended && isHere && mine.length && now - call.ended < ENDED) return ['ended', call.ended, holders];
-    if (!call.ended && isHere) return ['talking', answeredAt, holders];
-    return ['gone', 0, []];
+    if (rangAt && call.ended && !answeredAt) return { kind: 'missed', since: rangAt, extens: rang };
+    if (isHere && !call.ended) return { kind: 'talking', since: answeredAt, extens: holders };
+    const isNew = now - call.ended < ENDED;
+    if (isHere && isNew && mine.length) return { kind: 'ended', since: call.ended, extens: holders };
+    return { kind: 'gone', since: 0, extens: [] };
   }
-  const STATES = { // rank: who stays when there is no room
-    ringing: { rank: 5, role: 'alert' },
-    talking: { rank: 4, role: 'status' },
-    missed: { rank: 3, role: 'status' },
-    rang: { rank: 2, role: 'status' },
-    ended: { rank: 1, role: 'status' },
-  };
+  // The same caller again is the same card, unless the first call is still on somebody's phone.
+  function isRepetition(call, other, { kind }) {
+    const isOver = ['rang', 'missed', 'ended'].includes(kind) || (kind === 'ringing' && !other.isNamed);
+    return isOver && other !== call && other.phone === call.phone && !WITHHELD.test(call.phone);
+  }
 
   // --- 4. Dispatch ----------------------------------------------------------
+  // From messages to cards: what connect() gives a page, and which of several tabs shows a call.
   function connect(given) {
-    const options = { onCall() {}, onStatus() {}, alert: '', ...scriptOptions, ...given };
-    const key = `popup-notifier ${new URL(options.url || '/crmws', script.src).href}`;
-    const kept = keep('sessionStorage', key) || { position: '', calls: [] };
-    const calls = new Map(kept.calls.map((call) => [call.id, call]));
-    const keys = new Set(); // of the messages that came
-    let ahead = 0;          // ms that the server's clock is ahead of ours
+    const options = { onCall() {}, onStatus() {}, ...scriptOptions, ...given };
+    const isAsking = options.exten === 'ask';
+    const daemon = new URL(options.url || '/crmws', script.src);
+    const memory = `popup-notifier ${daemon}`;
+    const calls = new Map(); // by id, the latest last
+    const keys = new Set();  // of the messages that came
+    const cards = new Map(); // by the call's id
+    const corner = element('div', { class: 'corner', lang: language() });
+    const alertAgent = makeAlerts(options);
+    const ending = new AbortController();
     let mine = [];
-    let connection;
-    let state = { state: 'connecting', since: Date.now() };
-    let isQuiet = false;    // the page says itself how the connection is
-    let isClosed = false;
-    let tellsEnds = Boolean(kept.tellsEnds); // this PBX tells when a call is over
+    let position = '';       // the last id of any message: all calls up to it have arrived
+    let ahead = 0;           // ms that the server's clock is ahead of ours
+    let tellsEnds = false;   // this PBX says when a call is over
+    let status = { state: 'connecting', since: Date.now(), isQuiet: true }; // until the page has had its say
+    let notice = '';         // what the agent is told about a lost connection
 
     const now = () => Date.now() + ahead;
-    function report(name, cause) {
-      if (name !== state.state) state = { state: name, since: Date.now() };
-      isQuiet = guard(options.onStatus, { state: name, reason: '', text: say(name), ...cause }) === false;
+    const currentState = (call) => stateOf(call, mine, now());
+    function address() {
+      if (isAsking && !mine.length) return null; // who has not answered is not shown everybody's calls
+      const url = new URL(daemon);
+      url.protocol = url.protocol.replace('http', 'ws');
+      mine.forEach((exten) => url.searchParams.append('exten', exten));
+      if (options.token) url.searchParams.set('token', options.token);
+      url.searchParams.set('since', position);
+      return url;
+    }
+    function report(state, cause, isNews) {
+      const since = state === status.state ? status.since : Date.now();
+      const answer = guard(options.onStatus, { state, reason: '', text: say(state), ...cause });
+      status = { state, since, isQuiet: answer === false };
+      // A PBX that was there may be gone for a while: that is not worth a notice.
+      const isUsual = position && cause.reason === 'unreachable';
+      if (status.isQuiet || state === 'open') notice = '';
+      else if (isNews) notice = isUsual ? '' : cause.text;
       draw();
-      return !isQuiet;
     }
     function receive(message) {
-      if (message.type === 'CALL_IN' && !isRepeated(message.key)) take(message);
-      if ((message.type === 'HELLO' || message.type === 'ALIVE') && message.time) ahead = message.time - Date.now();
-      if (message.type === 'HELLO' && !message.complete) report('open', { reason: 'gap', text: say('gap') });
-    }
-    // A call may come again after an outage, also from another daemon: its key is the same.
-    function isRepeated(name) {
-      if (name && keys.has(name)) return true;
-      if (name && keys.add(name).size > MAX_KEYS) keys.delete(keys.values().next().value);
-      return false;
+      const { type, id, key, time, complete } = message;
+      position = id || position;
+      if (type !== 'CALL_IN' && time) ahead = time - Date.now();
+      if (type === 'HELLO' && !complete) report('open', { reason: 'gap', text: say('gap') });
+      // A call may come again after an outage, also from another daemon: its key is the same.
+      if (type === 'CALL_IN' && !(key && keys.has(key))) take(message);
+      if (key) keys.add(key);
+      if (keys.size > MAX_KEYS) keys.delete(keys.values().next().value);
     }
     // The Go daemon's calls have no key, no time, and their fields in `data` alone.
-    function take({ key: name, time = now(), data }) {
-      const { phone = '', exten = 'all', event = 'ring' } = data;
-      const id = data.uniqueid || (event !== 'ring' && unnamedCall(phone.trim())) || name || `${phone} ${time}`;
-      const late = now() - time > LATE;
-      const extens = splitList(exten);
-      const isMine = !mine.length || extens.some((one) => one === 'all' || mine.includes(one));
-      const call = calls.get(id) || newCall(id, Boolean(data.uniqueid));
-      learn(call, { event, exten, phone: phone.trim(), name: data.name || '', time, late });
+    function take({ key, time = now(), data }) {
+      const { exten = 'all', event = 'ring', name = '', uniqueid } = data;
+      const phone = (data.phone || '').trim();
+      const id = uniqueid || (event !== 'ring' && unnamedCall(phone)) || key || `${phone} ${time}`;
+      const isLate = now() - time > LATE;
+      const isMine = splitList(exten).some((one) => concerns(mine, one));
+      const call = calls.get(id) || newCall(id, Boolean(uniqueid));
+      learn(call, { event, exten, phone, name, time, isLate });
       tellsEnds = tellsEnds || event === 'end';
-      if (event === 'answer' && !tellsEnds) endOlder(call, extens, time);
-      calls.delete(id); // the latest last
+      if (event === 'answer' && !tellsEnds) endOlder(call, splitList(exten), time);
+      calls.delete(id);
       calls.set(id, call);
       if (calls.size > MAX_CALLS) calls.delete(calls.keys().next().value);
-      const update = (more) => enrich(call, more);
-      const heard = { key: name, phone: phone.trim(), exten, name: data.name || '', event, uniqueid: id, data };
-      Object.assign(heard, { time: new Date(time), mine: isMine, missed: late && event === 'ring', update });
-      const answer = guard(options.onCall, heard);
-      decide(call, { key: name, phone, exten, event }, isMine || answer !== false ? answer : undefined);
+      const answer = guard(options.onCall, {
+        key, phone, exten, name, event, data, uniqueid: id, time: new Date(time), mine: isMine,
+        missed: isLate && event === 'ring',
+        update: (details) => enrich(call, details),
+      });
+      const wanted = isMine || answer !== false ? answer : null; // a call of others may yet become mine
+      Promise.resolve(wanted).then((details) => enrich(call, details)).catch(complain);
+      const claimed = key ? [key, CLAIM_LIFE] : [`${phone} ${exten}`, REPEAT];
+      if (call.isOurs) claim(...claimed).catch(complain); // other tabs may hear only of this event
+      else if (wanted !== false) show(call, claimed, event === 'ring' ? 0 : OWNER_FIRST);
     }
     // An answer or end without uniqueid belongs to the last call of that caller.
     function unnamedCall(phone) {
-      const found = [...calls.values()].filter((call) => !call.isNamed && call.phone === phone).pop();
-      return found && found.id;
+      const found = [...calls.values()].filter((call) => !call.isNamed && call.phone === phone);
+      return found.length && found.pop().id;
     }
-    // Whoever answers the next call has ended the one before, if the PBX does not tell so itself.
+    // Whoever answers the next call has ended the one before, if the PBX does not say so itself.
     function endOlder(answered, extens, time) {
       calls.forEach((call) => {
-        const [was, since, holders] = stateOf(call, mine, now());
-        const isSame = was === 'talking' && call !== answered && holders.some((one) => extens.includes(one));
-        if (isSame && since < time) call.ended = time;
+        const { kind, since, extens: holders } = currentState(call);
+        const isSame = call !== answered && holders.some((exten) => extens.includes(exten));
+        if (kind === 'talking' && isSame && since < time) call.ended = time;
       });
     }
-    // Whether this tab shows a call: not if the page says no, or another tab has it.
-    async function decide(call, first, answer) {
-      Promise.resolve(answer).then((more) => enrich(call, more)).catch(complain);
-      if (call.isOurs) claim(first, true).catch(complain);
-      if (answer === false || stateOf(call, mine, now())[0] === 'gone' || call.isOurs !== undefined) return;
+    function enrich(call, details) {
+      if (details === false) call.isHidden = true;
+      ['name', 'open', 'note'].forEach((field) => {
+        if (details && details[field]) call.details[field] = details[field];
+      });
+      draw();
+    }
+    // Shows a call unless another tab does (the visible one waits least), in place of the same caller's last.
+    async function show(call, claimed, delay) {
+      if (call.isOurs !== undefined || currentState(call).kind === 'gone') return;
       call.isOurs = null; // not known yet
-      call.isOurs = await claim(first).catch(() => true); // storage is blocked: better twice than never
+      await sleep(delay + (document.hidden ? 300 : 0) + (document.hasFocus() ? 0 : 100 * Math.random()));
+      if (ending.signal.aborted) return;
+      call.isOurs = await claim(...claimed).catch(() => true); // storage is blocked: better twice than never
       if (!call.isOurs) return;
-      calls.forEach((other) => { if (isRepeatedBy(call, other)) merge(call, other); });
+      calls.forEach((other) => {
+        if (!other.isOurs || !isRepetition(call, other, currentState(other))) return;
+        call.times += other.times;
+        call.details = { ...other.details, ...call.details };
+        calls.delete(other.id);
+      });
       draw();
-      if (options.lookup && !WITHHELD.test(call.phone)) lookUp(call);
     }
-    function enrich(call, more) {
-      if (more === false) call.isHidden = true;
-      else Object.keys(more || {}).forEach((name) => { if (more[name]) call.details[name] = more[name]; });
-      draw();
-    }
-    // The same caller again is the same card, unless the first call is still on somebody's phone.
-    function isRepeatedBy(call, other) {
-      const [was] = stateOf(other, mine, now());
-      const isOver = was === 'rang' || was === 'missed' || was === 'ended' || (was === 'ringing' && !other.isNamed);
-      return other !== call && other.isOurs && isOver && other.phone === call.phone && !WITHHELD.test(call.phone);
-    }
-    function merge(call, other) {
-      call.times += other.times;
-      call.details = { ...other.details, ...call.details };
-      calls.delete(other.id);
-    }
+    // Asks the CRM who it is; again on the next page, if this one is left before the answer.
     async function lookUp(call) {
+      if (!options.lookup || call.isAsked || WITHHELD.test(call.phone)) return;
+      call.isAsked = true;
       try {
-        const address = new URL(fillIn(call, options, options.lookup), document.baseURI);
-        const answer = await fetch(address, { signal: AbortSignal.timeout(LOOKUP_TIMEOUT) });
-        if (!answer.ok && answer.status !== 404) throw new Error(`${address} answers ${answer.status}`);
+        const url = new URL(fillIn(options.lookup, call, options), document.baseURI);
+        const answer = await fetch(url, { signal: AbortSignal.timeout(ANSWER_TIMEOUT) });
+        if (!answer.ok && answer.status !== 404) throw new Error(`${url} answers ${answer.status}`);
         const text = answer.ok ? await answer.text() : '';
-        const found = text ? JSON.parse(text) : null;
-        call.isStranger = !found || !(found.name || found.open || found.note);
+        const found = (text && JSON.parse(text)) || {};
+        call.isStranger = !(found.name || found.open || found.note);
         enrich(call, { ...found, ...call.details });
       } catch (error) {
         call.hasFailed = true;
@@ -344,112 +366,124 @@
         draw();
       }
     }
-
-    // Draws the cards of this tab anew, from what is known.
+    // Brings the page up to date with what is known.
     function draw() {
-      if (isClosed) return;
-      const shown = [...calls.values()].reverse().map((call) => ({ call, state: stateOf(call, mine, now()) }))
-        .filter(({ call, state: [name] }) => name !== 'gone' && call.isOurs && !call.isHidden)
-        .sort((a, b) => STATES[b.state[0]].rank - STATES[a.state[0]].rank || b.call.seen - a.call.seen)
-        .slice(0, MAX_CARDS)
-        .sort((a, b) => b.call.seen - a.call.seen);
-      showCards(shown.map(({ call, state: how }) => render(call, how, options, mine)), close);
-      alertAgent(shown.filter(({ state: [name] }) => name === 'ringing').map(({ call }) => call), options);
-      showMark(isQuiet ? null : { ...state, extens: mine, isAsking: options.exten === 'ask', setExten });
+      if (ending.signal.aborted) return;
+      const views = [...calls.values()].sort((a, b) => a.seen - b.seen)
+        .filter((call) => call.isOurs && !call.isHidden && currentState(call).kind !== 'gone')
+        .map((call) => render(call, currentState(call), options, mine));
+      const ranked = [...views].reverse().sort((a, b) => KINDS.indexOf(a.kind) - KINDS.indexOf(b.kind));
+      const shown = views.filter((view) => ranked.indexOf(view) < MAX_CARDS);
+      const notices = notice ? [{ id: 'notice', kind: 'notice', head: notice }] : [];
+      showCards(cards, [...shown, ...notices], closeCard);
+      showMark(corner, { ...status, isAsking, extens: mine, setExten });
+      shown.forEach(({ id }) => lookUp(calls.get(id)));
+      guard(alertAgent, shown.filter(({ kind }) => kind === 'ringing'));
     }
-    function close(id) {
-      if (calls.has(id)) calls.get(id).isHidden = true;
+    function closeCard(id) {
+      if (id === 'notice') notice = '';
+      else calls.get(id).isHidden = true;
+      draw();
+    }
+    function setExten(text) {
+      const isGiven = text !== 'ask';
+      if (isGiven && isAsking) remember('localStorage', 'popup-notifier exten', text);
+      mine = splitList(isGiven ? text : recall('localStorage', 'popup-notifier exten'));
+      connection.restart();
       draw();
     }
     function save() {
-      const fresh = [...calls.values()].filter((call) => now() - call.seen < FORGOTTEN);
-      // One that no tab has claimed yet is ours then: better twice than never.
-      fresh.filter((call) => call.isOurs === null).forEach((call) => { call.isOurs = true; });
-      keep('sessionStorage', key, { position: connection ? connection.position() : '', calls: fresh, tellsEnds });
+      remember('sessionStorage', memory, { position, ahead, tellsEnds, calls: [...calls.values()] });
     }
-    function setExten(text) {
-      if (options.exten === 'ask' && text !== 'ask') keep('localStorage', 'popup-notifier exten', text);
-      mine = splitList(text === 'ask' ? keep('localStorage', 'popup-notifier exten') || '' : text);
-      const position = connection ? connection.position() : kept.position;
-      if (connection) connection.close();
-      const isUnknown = options.exten === 'ask' && !mine.length; // who has not answered is not shown everybody's
-      connection = isUnknown ? null : keepConnected(socketAddress(options, mine), position, receive, report);
-      draw();
+    // Takes over from the page before; or from the one after, when the agent comes back to this one.
+    function restore() {
+      const kept = recall('sessionStorage', memory);
+      if (!kept) return;
+      ({ position, ahead = 0, tellsEnds } = kept);
+      calls.clear();
+      kept.calls.filter((call) => now() - call.seen < FORGOTTEN).forEach((call) => {
+        if (call.isOurs === null) call.isOurs = true; // left amid its claim: better twice than never
+        Object.assign(call, { isAsked: call.isStranger !== undefined, hasFailed: false });
+        calls.set(call.id, call);
+      });
     }
 
+    window.addEventListener('pagehide', save, ending);
+    window.addEventListener('pageshow', ({ persisted }) => {
+      if (persisted) setTimeout(restore, 300); // Chrome shows this page before it hides the other
+    }, ending);
+    const connection = keepConnected(address, receive, report, ending);
+    const ticker = setInterval(() => { connection.check(); draw(); }, 1000);
+    stack.prepend(corner);
+    restore();
     setExten(options.exten);
-    const ticker = setInterval(draw, 1000);
-    window.addEventListener('pagehide', save);
     return {
       get exten() { return mine.join(','); },
       set exten(text) { setExten(String(text)); },
       get calls() {
-        return [...calls.values()].map(({ id, phone, name, ...call }) => {
-          const [how, since, extens] = stateOf(call, mine, now());
-          return { uniqueid: id, phone, name, state: how, since: new Date(since), exten: extens.join(',') };
+        return [...calls.values()].map((call) => {
+          const { kind, since, extens } = currentState(call);
+          const { id: uniqueid, phone, name } = call;
+          return { uniqueid, phone, name, state: kind, since: new Date(since), exten: extens.join(',') };
         });
       },
       askPermission: async () => Notification.requestPermission(),
       close() {
-        if (connection) connection.close();
+        ending.abort();
+        connection.drop();
         clearInterval(ticker);
-        window.removeEventListener('pagehide', save);
-        keep('sessionStorage', key, null);
-        isClosed = true; // what comes late, such as a look-up, draws nothing
-        showCards([], close);
-        alertAgent([], options);
-        showMark(null);
+        remember('sessionStorage', memory, null);
+        showCards(cards, [], closeCard);
+        corner.remove();
+        guard(alertAgent, []);
       },
     };
   }
-  // What the page's own code throws is the page's: it stops nothing here.
-  function guard(call, ...args) {
-    try { return call(...args); } catch (error) { return complain(error); }
-  }
-  function complain(error) { console.error('popup-notifier:', error); }
 
-  // Of several tabs one shows the call; the visible one waits least. Transactions of a database come one after
-  // the other, whichever tab they are of; plain http pages have them too (but no Web Locks).
-  async function claim({ key, phone, exten, event }, isOwner = false) {
-    const sleep = (ms) => new Promise((resolve) => { setTimeout(resolve, ms); });
+  // Whether this tab may show a call. A database's transactions come one after the other, whichever tab they
+  // are from; plain http pages have them, too (but no Web Locks).
+  async function claim(name, life) {
     const done = (request) => new Promise((resolve, reject) => {
-      Object.assign(request, { onsuccess: () => resolve(request.result), onerror: () => reject(request.error) });
+      request.onsuccess = () => resolve(request.result);
+      request.onerror = () => reject(request.error);
     });
-    const [call, life] = key ? [key, CLAIM_LIFE] : [`${phone} ${exten}`, REPEAT];
-    const patience = (document.hidden ? 300 : 0) + (document.hasFocus() ? 0 : 100 * Math.random());
-    if (!isOwner) await sleep(patience + (event === 'ring' ? 0 : OWNER_FIRST));
     const opening = indexedDB.open('popup-notifier');
     opening.onupgradeneeded = () => opening.result.createObjectStore('claims');
     const database = await done(opening);
-    try {
-      const claims = database.transaction('claims', 'readwrite').objectStore('claims');
-      const [calls, times, now] = [await done(claims.getAllKeys()), await done(claims.getAll()), Date.now()];
-      calls.filter((_, index) => now - times[index] > CLAIM_LIFE).forEach((old) => claims.delete(old));
-      const isFree = !(now - times[calls.indexOf(call)] < life);
-      if (isFree) await done(claims.put(now, call));
-      return isFree;
-    } finally { database.close(); }
+    const claims = database.transaction('claims', 'readwrite').objectStore('claims');
+    database.close(); // when the transaction is over
+    const names = await done(claims.getAllKeys());
+    const times = await done(claims.getAll());
+    const age = (index) => Date.now() - times[index];
+    names.filter((_, index) => age(index) > CLAIM_LIFE).forEach((old) => claims.delete(old));
+    const isTaken = age(names.indexOf(name)) < life;
+    if (!isTaken) await done(claims.put(Date.now(), name));
+    return !isTaken;
   }
 
   // --- 5. Cards -------------------------------------------------------------
-  // Turns a call into the plain data of its card: { id, kind, role, lines, links, target }.
-  function render(call, [kind, since, extens], options, mine) {
-    const { name, note = '', open = '' } = { ...call.details, name: call.details.name || call.name };
+  // What the agent sees: the cards, the newest lowest, and below them the state of the connection.
+
+  // Turns a call into the plain data of its card.
+  function render(call, { kind, since, extens }, options, mine) {
+    const { name, note, open } = call.details;
     const isWithheld = WITHHELD.test(call.phone);
+    const number = isWithheld ? say('withheld') : call.phone;
+    const hint = (call.isStranger && say('stranger')) || (call.hasFailed && say('failed'));
+    const lines = [number, name || call.name].concat(note || hint || []);
     const called = extens.filter((exten) => exten !== 'all').join(',');
     const who = say(kind === 'talking' && !mine.length ? 'answered' : 'exten');
-    const times = call.times > 1 && `${call.times}${isJapanese() ? '' : ' '}${say('times')}`;
-    const head = [called && `${who} ${called}`, clock(since), times].filter(Boolean).join(' ');
-    const hint = (call.isStranger && say('stranger')) || (call.hasFailed && say('failed')) || '';
-    const links = [{ text: say('link'), href: open || (!isWithheld && fillIn(call, options, options.open)) }];
-    if (call.isStranger) links.unshift({ text: say('create'), href: fillIn(call, options, options.create) });
-    const lines = [isWithheld ? say('withheld') : call.phone, name, note || hint].map(String);
-    if (!lines[2]) lines.pop();
-    return { id: call.id, kind, role: STATES[kind].role, head, lines, links, target: options.target || '_blank' };
+    const whose = called && `${who} ${called}`;
+    const times = `${call.times}${isJapanese() ? '' : ' '}${say('times')}`;
+    const head = joinWords(whose, clock(since), call.times > 1 && times);
+    const links = [{ word: 'link', href: open || (!isWithheld && fillIn(options.open, call, options)) }];
+    if (call.isStranger) links.unshift({ word: 'create', href: fillIn(options.create, call, options) });
+    const target = options.target || '_blank';
+    return { id: call.id, kind, title: say(kind), whose, head, lines, links, target };
   }
 
   // +81312345678 and 0312345678 are one number, but a CRM may know only one of them.
-  function fillIn({ phone, name, exten }, { normalise }, template = '') {
+  function fillIn(template = '', { phone, name, exten }, { normalise }) {
     const values = { phone, exten, name };
     if (normalise === '0') values.phone = phone.replace(/^\+81/, '0');
     if (normalise === '+81') values.phone = phone.replace(/^0(?!0|10)/, '+81');
@@ -458,203 +492,210 @@
 
   const STYLE = `
     :host { all: initial !important }
-    section { position: fixed; inset: auto 0 0 auto; z-index: 2147483647; width: min(380px, 100vw); max-height: 100vh;
-      box-sizing: border-box; padding: 12px 16px; overflow: auto; display: flex; flex-direction: column-reverse;
-      gap: 10px; pointer-events: none; font: 15px/1.45 system-ui }
+    section { position: fixed; inset: auto 0 0 auto; z-index: 2147483647; box-sizing: border-box;
+      width: min(380px, 100vw); max-height: 100vh; padding: 12px 16px; overflow: auto; display: flex;
+      flex-direction: column-reverse; gap: 10px; pointer-events: none; font: 15px/1.45 system-ui }
     article, form { --line: #1a7f37; position: relative; flex: none; padding: 12px 48px 12px 16px;
-      border: 1px solid #8886; border-left: 5px solid var(--line); border-radius: 8px; background: #fff; color: #1f2328;
-      box-shadow: 0 6px 24px #0004; overflow-wrap: anywhere; pointer-events: auto }
-    .talking { --line: #0969da } .missed, .notice { --line: #cf222e } .rang { --line: #9a6700 }
-    .ended { --line: #59636e }
+      border: 1px solid #8886; border-left: 5px solid var(--line); border-radius: 8px; background: #fff;
+      color: #1f2328; box-shadow: 0 6px 24px #0004; overflow-wrap: anywhere; pointer-events: auto }
+    .talking { --line: #0969da } .missed, .notice { --line: #cf222e }
+    .rang { --line: #9a6700 } .ended { --line: #59636e }
     a, b { color: var(--line) } p { margin: 0; unicode-bidi: isolate } p:empty { display: none }
-    article p:nth-of-type(2) { font-size: 1.5em; font-weight: 600 }
+    p:nth-of-type(2) { font-size: 1.5em; font-weight: 600 }
     .ended p:nth-of-type(2), .rang p:nth-of-type(2) { font-size: 1.15em }
     a { display: inline-block; min-width: 44px; padding: 8px 14px 2px 0; font-weight: 600 }
-    button, input { min-height: 32px; border: 1px solid #8886; border-radius: 6px; background: none; color: inherit;
-      font: inherit }
+    button, input { min-height: 32px; border: 1px solid #8886; border-radius: 6px; background: none;
+      color: inherit; font: inherit }
     article > button { position: absolute; top: 6px; right: 6px; width: 36px; height: 36px; border: 0;
       font-size: 20px; cursor: pointer }
+    .corner { display: contents }
     .mark { align-self: flex-end; min-height: 24px; padding: 2px 10px; border: 0; border-radius: 12px;
       background: #1f2328cc; color: #fff; font-size: 12px; pointer-events: auto; cursor: pointer }
-    .mark::before { content: '●'; margin-right: 6px; color: #4ac26b } .mark.connecting::before { color: #ff8182 }
-    form { padding-right: 16px; display: grid; gap: 8px } form input { padding: 4px 8px }
+    .mark::before { content: '●'; margin-right: 6px; color: #4ac26b } .connecting::before { color: #ff8182 }
+    form, label { display: grid; gap: 8px } form { padding-right: 16px } input { padding: 4px 8px }
     @media (prefers-color-scheme: dark) {
       article, form { --line: #3fb950; background: #1c2128; color: #e6edf3 }
-      .talking { --line: #58a6ff } .missed, .notice { --line: #ff7b72 } .rang { --line: #d29922 }
-      .ended { --line: #9198a1 } }
+      .talking { --line: #58a6ff } .missed, .notice { --line: #ff7b72 }
+      .rang { --line: #d29922 } .ended { --line: #9198a1 } }
     @media print { section { display: none } }`;
 
   const host = element('popup-notifier', { popover: 'manual' });
   const root = host.attachShadow({ mode: 'open' }); // where the page's styles do not reach
   const stack = root.appendChild(element('section', {}));
-  const cards = new Map(); // by the call's id
   root.adoptedStyleSheets = [new CSSStyleSheet()]; // which no Content-Security-Policy of the page stops
   root.adoptedStyleSheets[0].replaceSync(STYLE);
-  // Escape closes the card that has the focus, or the newest: but never one behind a dialog that takes it, too.
+  // Escape closes the card that has the focus, or the newest: but not behind a dialog that takes it, too.
   document.addEventListener('keydown', (event) => {
     if (event.key !== 'Escape' || event.isComposing || event.defaultPrevented) return;
-    const focused = root.activeElement && root.activeElement.closest('article');
+    const focused = root.activeElement?.closest('article');
     const isTaken = document.fullscreenElement || document.querySelector('dialog:modal');
-    if (focused || !isTaken) dismiss(focused || stack.querySelector('article'));
+    const card = focused || (!isTaken && stack.querySelector('article'));
+    if (card) card.lastChild.click();
   });
 
   // Strings become text nodes: nothing that a caller sends is ever read as markup.
   function element(tag, attributes, ...children) {
     const node = document.createElement(tag);
     Object.keys(attributes).forEach((name) => node.setAttribute(name, attributes[name]));
-    node.append(...children);
+    node.append(...children.filter(Boolean));
     return node;
   }
-  // A page may replace all that it has; and what opened last is on top: a dialog, a full screen, or we.
-  function surface(isNew) {
+  // The CRM, or the page's template, must not smuggle in javascript: and the like.
+  const isWebAddress = (href) => href && /^https?:$/.test(element('a', { href }).protocol);
+
+  // The top layer belongs to what opened last: a dialog, a full screen, or these cards.
+  function surface() {
     if (!host.isConnected) document.documentElement.append(host);
-    else if (!isNew) return;
     try {
       host.hidePopover();
       host.showPopover();
     } catch (error) { /* an older browser: the z-index has to do */ }
   }
-
-  function makeCard(kind, close, ...children) {
+  // Draws what has changed; the views are what render() returns, the newest last.
+  function showCards(cards, views, close) {
+    if (!host.isConnected) surface(); // the page may have replaced everything
+    cards.forEach((card, id) => {
+      if (views.some((view) => view.id === id)) return;
+      card.remove();
+      cards.delete(id);
+    });
+    views.forEach((view) => {
+      if (!cards.has(view.id)) cards.set(view.id, addCard(() => close(view.id)));
+      updateCard(cards.get(view.id), view);
+    });
+    const wanted = views.map(({ id }) => cards.get(id)).reverse();
+    const placed = [...stack.children].filter((card) => wanted.includes(card));
+    if (wanted.every((card, index) => card === placed[index])) return;
+    const focused = root.activeElement; // whatever is moved loses the focus
+    stack.append(...wanted);
+    focused?.focus();
+  }
+  function addCard(close) {
     const button = element('button', { 'aria-label': say('dismiss'), type: 'button' }, '×');
-    const card = element('article', { class: kind, role: 'status', lang: language() }, ...children, button);
-    card.close = button.onclick = close;
-    stack.querySelector('article') ? stack.querySelector('article').before(card) : stack.append(card);
-    surface(true);
+    const card = element('article', { lang: language() }, element('div', {}), button);
+    button.onclick = close;
+    stack.insertBefore(card, stack.querySelector('article'));
+    surface();
     return card;
   }
-  function showNotice(text) {
-    const notice = makeCard('notice', () => notice.remove(), element('p', {}, text));
-    return notice;
-  }
-  function dismiss(card) { if (card) card.close(); }
-
-  // Draws what has changed; the newest card is the first, and stands lowest.
-  function showCards(views, close) {
-    const ids = new Set(views.map(({ id }) => id));
-    cards.forEach((card, id) => { if (!ids.has(id) && card.owner === close) remove(card, id); });
-    [...views].reverse().forEach((view) => {
-      const text = JSON.stringify(view);
-      const card = cards.get(view.id) || makeCard(view.kind, () => close(view.id));
-      if (card.text !== text) fill(card, view);
-      Object.assign(card, { text, owner: close });
-      cards.set(view.id, card);
-    });
-    // Moved only if they have to be: a card that is moved loses the focus.
-    const places = [...stack.querySelectorAll('article:not(.notice)')].filter((card) => card.owner === close);
-    const wanted = views.map(({ id }) => cards.get(id));
-    if (wanted.some((card, index) => card !== places[index])) stack.append(...wanted);
-  }
-  function remove(card, id) {
-    card.remove();
-    cards.delete(id);
-  }
-  function fill(card, { kind, role, head, lines, links, target }) {
-    const rel = target === '_blank' ? 'noopener' : ''; // with it, a named window would be a new one each time
-    const safe = links.map(({ text, href }) => element('a', { href: href || '', target, rel }, text))
-      .filter((link, index) => links[index].href && /^https?:$/.test(link.protocol));
-    const title = element('p', {}, element('b', {}, say(kind)), ` ${head}`);
+  function updateCard(card, view) {
+    const text = JSON.stringify(view);
+    if (card.text === text) return;
+    card.text = text;
+    const { kind, title, head, lines = [], links = [], target } = view;
+    const first = element('p', {}, title && element('b', {}, title), title && ' ', head);
+    const rel = target === '_blank' ? 'noopener' : ''; // with noopener a named window is never reused
+    const anchors = links.filter(({ href }) => isWebAddress(href))
+      .map(({ word, href }) => element('a', { href, target, rel }, say(word)));
+    const focused = card.contains(root.activeElement) && root.activeElement.textContent;
     card.className = kind;
-    card.setAttribute('role', role);
-    card.replaceChildren(title, ...lines.map((line) => element('p', {}, line)), ...safe, card.lastChild);
+    card.setAttribute('role', kind === 'ringing' ? 'alert' : 'status');
+    card.firstChild.replaceChildren(first, ...lines.map((line) => element('p', {}, line)), ...anchors);
+    anchors.filter((link) => link.textContent === focused).forEach((link) => link.focus());
   }
 
-  // --- 6. For who looks elsewhere -------------------------------------------
-  let title = '';       // the page's own, while ours stands there
-  let ringTone = null;  // { context, timer }
-  const notifications = new Map();
-
-  function alertAgent(ringing, options) {
-    const kinds = splitList(options.alert);
-    alertByTitle(kinds.includes('title') ? ringing[0] : undefined);
-    if (kinds.includes('sound')) alertBySound(ringing.length > 0);
-    ringing.forEach((call) => {
-      const isElsewhere = document.hidden || (kinds.includes('notification') && !document.hasFocus());
-      if (isElsewhere && !call.isAnnounced) notify(call, options);
-      call.isAnnounced = true;
-    });
-    const ids = ringing.map(({ id }) => id);
-    notifications.forEach((shown, id) => {
-      if (ids.includes(id)) return;
-      shown.close();
-      notifications.delete(id);
-    });
-  }
-  function alertByTitle(call) {
-    const ours = call && `☎ ${WITHHELD.test(call.phone) ? say('withheld') : call.phone}`;
-    if (ours && document.title !== ours) title = document.title.startsWith('☎') ? title : document.title;
-    if (ours) document.title = ours;
-    else if (document.title.startsWith('☎')) document.title = title;
-  }
-  // Two tones every three seconds. Browsers allow it once the agent has clicked anywhere in the page.
-  function alertBySound(isRinging) {
-    if (!isRinging && ringTone) clearInterval(ringTone.timer);
-    if (!isRinging || (ringTone && ringTone.timer)) { if (!isRinging && ringTone) ringTone.timer = 0; return; }
-    ringTone = ringTone || { context: new AudioContext() };
-    const ring = () => [660, 880].forEach((frequency, index) => {
-      const { context } = ringTone;
-      if (context.state !== 'running') return; // else all would sound at once after the click
-      const [tone, gain] = [context.createOscillator(), context.createGain()];
-      tone.frequency.value = frequency;
-      gain.gain.value = 0.1;
-      tone.connect(gain).connect(context.destination);
-      tone.start(context.currentTime + index * 0.35);
-      tone.stop(context.currentTime + index * 0.35 + 0.3);
-    });
-    ringTone.context.resume();
-    ring();
-    ringTone.timer = setInterval(ring, 3000);
-  }
-  function notify(call, options) {
-    if (!window.Notification || Notification.permission !== 'granted') return;
-    const name = call.details.name || call.name;
-    const number = WITHHELD.test(call.phone) ? say('withheld') : call.phone;
-    const exten = Object.keys(call.rings).filter((one) => one !== 'all').join(',');
-    const body = [say('ringing'), exten && `${say('exten')} ${exten}`, name && number].filter(Boolean).join(' ');
-    const shown = new Notification(name || number, { body, tag: call.id, requireInteraction: true });
-    const href = call.details.open || fillIn(call, options, options.open);
-    shown.onclick = () => {
-      window.focus();
-      if (/^https?:/.test(href)) window.open(href, options.target || '_blank', options.target ? '' : 'noopener');
-    };
-    notifications.set(call.id, shown);
-  }
-
-  // A small sign of being connected; a click shows what can be set.
-  let mark = null;
-  function showMark(status) {
-    if (!status || !mark) {
-      if (mark) mark.remove();
-      mark = status && element('button', { class: 'mark', type: 'button' });
-      if (mark) stack.prepend(mark);
-      if (!status && stack.querySelector('form')) stack.querySelector('form').remove();
-    }
-    if (!status) return;
-    const { state, since, extens, isAsking } = status;
+  // A small mark says whether we are connected; a click on it shows what can be set.
+  function showMark(corner, status) {
+    const { state, since, isQuiet, isAsking, extens } = status;
+    const isMissing = isAsking && !extens.length;
+    if (isQuiet && !isMissing) return corner.replaceChildren();
+    const mark = corner.firstChild || corner.appendChild(element('button', { type: 'button' }));
     const isShort = state !== 'open' && Date.now() - since < SHORT_GAP;
-    const text = isShort ? '…' : state === 'open' ? say('open') : `${say('since')} ${clock(since)}`;
-    const label = [extens.join(',') || (isAsking && `${say('ask')}?`), text].filter(Boolean).join(' ');
-    if (mark.textContent !== label) mark.textContent = label;
-    mark.className = isShort ? 'mark' : `mark ${state}`;
-    mark.onclick = () => showSettings(status);
-    surface(false);
-    if (isAsking && !extens.length && !stack.querySelector('form')) showSettings(status);
+    const text = state === 'open' ? say('open') : `${say('since')} ${clock(since)}`;
+    mark.textContent = joinWords(isMissing ? `${say('ask')}?` : extens.join(','), isShort ? '…' : text);
+    mark.className = `mark ${isShort ? '' : state}`;
+    mark.onclick = () => toggleSettings(corner, status);
+    if (isMissing && !corner.querySelector('form')) mark.click();
   }
-  function showSettings({ extens, isAsking, setExten }) {
-    const open = stack.querySelector('form');
-    if (open) { open.remove(); return; }
-    const input = element('input', { value: extens.join(','), 'aria-label': say('ask'), placeholder: '201' });
-    const allow = element('button', { type: 'button' }, say('allow'));
-    const form = element('form', { lang: language() });
-    allow.onclick = () => Notification.requestPermission().then(() => form.remove());
-    if (isAsking) form.append(element('label', {}, say('ask')), input, element('button', {}, say('save')));
-    if (window.isSecureContext && window.Notification && Notification.permission === 'default') form.append(allow);
+  function toggleSettings(corner, { extens, isAsking, setExten }) {
+    const shown = corner.querySelector('form');
+    if (shown) return shown.remove();
+    const canAllow = window.isSecureContext && window.Notification && Notification.permission === 'default';
+    const input = element('input', { value: extens.join(','), placeholder: '201' });
+    const save = isAsking && element('button', {}, say('save'));
+    const allow = canAllow && element('button', { type: 'button' }, say('allow'));
+    const form = element('form', {}, isAsking && element('label', {}, say('ask'), input), save, allow);
     form.onsubmit = (event) => {
       event.preventDefault();
       form.remove();
       setExten(input.value);
     };
-    if (form.childElementCount) mark.after(form);
+    if (allow) allow.onclick = () => Notification.requestPermission().then(() => form.remove());
+    if (form.firstChild) corner.append(form);
+  }
+
+  // --- 6. Alerts ------------------------------------------------------------
+  // For an agent who looks elsewhere: the page's title, a sound, and desktop notifications.
+
+  // Returns a function that is told, again and again, which cards ring; the newest is the last.
+  function makeAlerts(options) {
+    const kinds = splitList(options.alert);
+    const notifications = new Map(); // by the call's id; null: the agent is looking
+    let hasTitle = false;
+    let sound = null;
+
+    return (ringing) => {
+      const [newest] = ringing.slice(-1);
+      if (kinds.includes('title') && (newest || hasTitle)) setTitle(newest && `☎ ${newest.lines[0]}`);
+      hasTitle = Boolean(newest);
+
+      if (kinds.includes('sound') && newest) {
+        sound = sound || playTones();
+        sound.resume().catch(() => {}); // browsers wait until the agent has clicked anywhere in the page
+      } else if (sound) {
+        sound.close();
+        sound = null;
+      }
+
+      const isElsewhere = document.hidden || (kinds.includes('notification') && !document.hasFocus());
+      ringing.filter(({ id }) => !notifications.has(id)).forEach((view) => {
+        notifications.set(view.id, isElsewhere ? guard(notify, view) : null);
+      });
+      notifications.forEach((notification, id) => {
+        if (ringing.some((view) => view.id === id)) return;
+        notification?.close();
+        notifications.delete(id);
+      });
+    };
+  }
+
+  // The page's own title comes back, even if the page has changed it meanwhile.
+  let pageTitle = '';
+  let shownTitle = null;
+  function setTitle(text) {
+    if (document.title !== shownTitle) pageTitle = document.title;
+    document.title = text || pageTitle;
+    shownTitle = document.title; // which has no double spaces
+  }
+
+  // Two tones every three seconds, until the context is closed.
+  function playTones() {
+    const context = new AudioContext();
+    const rate = context.sampleRate;
+    const buffer = context.createBuffer(1, 3 * rate, rate);
+    const samples = buffer.getChannelData(0);
+    [[660, 0], [880, 0.35]].forEach(([frequency, start]) => {
+      for (let i = 0; i < 0.3 * rate; i += 1) {
+        samples[Math.round(start * rate) + i] = 0.1 * Math.sin(2 * Math.PI * frequency * i / rate);
+      }
+    });
+    const source = Object.assign(context.createBufferSource(), { buffer, loop: true });
+    source.connect(context.destination);
+    source.start();
+    return context;
+  }
+
+  function notify({ id, title, whose, lines, links, target }) {
+    if (!window.Notification || Notification.permission !== 'granted') return null;
+    const [number, name] = lines;
+    const { href } = links.find(({ word }) => word === 'link');
+    const body = joinWords(title, whose, name && number);
+    const notification = new Notification(name || number, { body, tag: id, requireInteraction: true });
+    notification.onclick = () => {
+      window.focus();
+      if (isWebAddress(href)) window.open(href, target, target === '_blank' ? 'noopener' : '');
+    };
+    return notification;
   }
 
   window.PopupNotifier = { connect };
