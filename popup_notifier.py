@@ -737,16 +737,6 @@ def serialize_frame(opcode: Opcode, payload: bytes) -> bytes:
     return struct.pack("!BBQ", FIN | opcode, LENGTH_64, length) + payload
 
 
-def frame_size(data: bytes, start: int) -> int:
-    """Return the size in bytes of the frame from a server that begins at `start`."""
-    length = data[start + 1]
-    if length < LENGTH_16:
-        return 2 + length
-    if length == LENGTH_16:
-        return 4 + int.from_bytes(data[start + 2 : start + 4], "big")
-    return 10 + int.from_bytes(data[start + 2 : start + 10], "big")
-
-
 def serialize_close(code: CloseCode, reason: str = "") -> bytes:
     """Return a Close frame; the reason is cut to what fits a control frame (section 5.5.1)."""
     text = reason.encode()[: MAX_CONTROL - 2].decode("utf-8", "ignore").encode()
