@@ -1771,6 +1771,9 @@ class Hub:
     def _close_all(self) -> None:
         """Deliver the last calls, and tell all that we stop."""
         self._take_over()
+        # Those who have just arrived lag, for calls that came meanwhile.
+        for browser in list(self._lagging):
+            self._serve(browser, WRITE)
         self._stop_deadline = time.monotonic() + STOP_TIMEOUT
         for browser in [*self._keeping_up, *self._lagging]:
             self._close(browser, CloseCode.GOING_AWAY, "popup-notifier is stopping")
