@@ -1614,7 +1614,8 @@ class Hub:
         self._registry: set[Browser] = set()  # who is here
         self._arrivals: list[Browser] = []  # those whom the Hub's thread does not know yet
         self._is_closing = False
-        self._is_called = False  # to the log; cleared before it is looked at
+        # Set by any thread when the log has grown; cleared by the Hub's before it looks there.
+        self._is_called = False
         # The Hub's thread's own.
         self._now = time.monotonic()
         self._place = self._log.end  # in the log: all before it was sent to those who keep up
@@ -1893,7 +1894,6 @@ class Hub:
                 return
             if not self._flush(browser):
                 return
-            self._stalled.add(browser, self._now)
             if browser.place == self._place:
                 break
         else:
@@ -1914,7 +1914,7 @@ class Hub:
             except OSError as error:
                 self._lose(browser, error)
                 return False
-            if browser.rest and browser in self._stalled:
+            if browser in self._stalled:
                 self._stalled.add(browser, self._now)  # it takes what we send
         return not browser.rest
 
@@ -3469,10 +3469,9 @@ class RedisStream:
         # Guarded by the lock.
         self._state, self._reason = RedisState.AWAY, f"connecting to {url}"
         self._broken = {"read", "write"}  # links
-        self._is_synchronized = False  # the history was read
-        self._offset = int(
-            (time.time() - self._start) * 1000
-        )  # Redis's clock, of our monotonic one
+        self._is_synchronized = False  # it is known where the history begins
+        # Milliseconds from our monotonic clock to Redis's; at first, to our own clock.
+        self._offset = int((time.time() - self._start) * 1000)
         self._news_begin = NOWHERE  # calls up to here are history, not news
         self._node, self._number = os.urandom(4).hex(), 0  # of the last key
         self._pending: collections.OrderedDict[str, Pending] = collections.OrderedDict()
@@ -3619,8 +3618,9 @@ class RedisStream:
             else:
                 position, block = self._look(link), int(REDIS_BLOCK * 1000)
             if block > 1:
-                self.log.is_whole = True
-                self._deliver()
+                if not self.log.is_whole:
+                    self.log.is_whole = True
+                    self._deliver()  # to those who wait for it
                 self._mend("read")
                 self._has_tried.set()
 
