@@ -334,12 +334,12 @@
     }
     // Shows a call unless another tab does (the visible one waits least), in place of the same caller's last.
     async function show(call, claimed, delay) {
-      if (call.isOurs !== undefined || currentState(call).kind === 'gone') return;
+      if (call.isOurs !== undefined || call.isHidden || currentState(call).kind === 'gone') return;
       call.isOurs = null; // not known yet
       await sleep(delay + (document.hidden ? 300 : 0) + (document.hasFocus() ? 0 : 100 * Math.random()));
       if (ending.signal.aborted) return;
       call.isOurs = await claim(...claimed).catch(() => true); // storage is blocked: better twice than never
-      if (!call.isOurs) return;
+      if (!call.isOurs || call.isHidden) return;
       calls.forEach((other) => {
         if (!other.isOurs || !isRepetition(call, other, currentState(other))) return;
         call.times += other.times;
