@@ -1870,9 +1870,12 @@ class Hub:
 
     def _keep_up(self, browser: Browser) -> None:
         """Send a browser each call as it comes, and listen to it."""
+        browser.since = None
         self._lagging.discard(browser)
         self._keeping_up.add(browser)
         self._listen(browser)
+        if browser.recovers and browser in self._keeping_up:
+            self._send(browser, serialize_alive(self._position, self.stream.clock()))
 
     def _listen(self, browser: Browser) -> None:
         self._stalled.discard(browser)
@@ -1898,7 +1901,7 @@ class Hub:
                 break
         else:
             return
-        if browser.since is None:
+        if self._is_up_to_date(browser, self._position):
             self._keep_up(browser)
         else:
             self._ahead[browser] = None
@@ -1935,10 +1938,6 @@ class Hub:
                 self._joined.clear()
             self._joined[key] = joined
         frames, browser.place = joined
-        if browser.place == self._place and self._is_up_to_date(browser, self._position):
-            browser.since = None
-            if browser.recovers:
-                frames += serialize_alive(self._position, self.stream.clock())
         browser.rest = memoryview(frames)
         return True
 
