@@ -32,7 +32,6 @@ from __future__ import annotations
 import argparse
 import base64
 import bisect
-import calendar
 import codecs
 import collections
 import contextlib
@@ -662,7 +661,6 @@ class CloseCode(enum.IntEnum):
     GOING_AWAY = 1001
     PROTOCOL_ERROR = 1002
     NO_STATUS_RECEIVED = 1005  # never on the wire
-    ABNORMAL_CLOSURE = 1006  # never on the wire
     INVALID_DATA = 1007
     POLICY_VIOLATION = 1008
     MESSAGE_TOO_BIG = 1009
@@ -840,12 +838,6 @@ class WebSocketProtocol:
             self.fail(error.close_code, str(error))
         self._partial = data[start:] if self.state is not State.CLOSED else b""
 
-    def receive_eof(self) -> None:
-        """Take in that the peer hung up."""
-        if self.close_code is None:
-            self.close_code = CloseCode.ABNORMAL_CLOSURE
-        self.state = State.CLOSED
-
     def events_received(self) -> list[Message]:
         """Return what has arrived since the last call, in order."""
         events, self._events = self._events, []
@@ -856,17 +848,10 @@ class WebSocketProtocol:
         data, self._outgoing = self._outgoing, b""
         return data
 
-    def send_text(self, text: str | bytes) -> None:
-        """Send a text message."""
-        self._send(Opcode.TEXT, text.encode() if isinstance(text, str) else text)
-
-    def send_binary(self, data: bytes) -> None:
-        """Send a binary message."""
-        self._send(Opcode.BINARY, data)
-
-    def send_ping(self, payload: bytes = b"") -> None:
-        """Send a Ping (RFC 6455 section 5.5.2)."""
-        self._send(Opcode.PING, payload)
+    def send(self, opcode: Opcode, payload: bytes) -> None:
+        """Send a message or a control frame; nothing follows our Close (section 5.5.1)."""
+        if self.state is State.OPEN:
+            self._outgoing += serialize_frame(opcode, payload)
 
     def send_close(self, code: CloseCode, reason: str = "") -> None:
         """Begin the closing handshake (RFC 6455 section 7.1.2)."""
@@ -880,11 +865,6 @@ class WebSocketProtocol:
         self.state = State.CLOSED
 
     # How it works.
-
-    def _send(self, opcode: Opcode, payload: bytes) -> None:
-        # Nothing may follow our Close (RFC 6455 section 5.5.1).
-        if self.state is State.OPEN:
-            self._outgoing += serialize_frame(opcode, payload)
 
     def _receive_some(self, data: bytes, start: int) -> int:
         """Take a head or some payload from data[start:]; return where it ends, or `start`."""
@@ -946,7 +926,7 @@ class WebSocketProtocol:
         payload = apply_mask(data[start:end], head.masking_key)
         self._head = None
         if head.opcode is Opcode.PING:
-            self._send(Opcode.PONG, payload)
+            self.send(Opcode.PONG, payload)
         elif head.opcode is Opcode.CLOSE:
             self._receive_close(payload)
         self._events.append(Message(head.opcode, payload))
@@ -967,7 +947,7 @@ class WebSocketProtocol:
                     CloseCode.INVALID_DATA, "a close reason that is not UTF-8"
                 ) from None
             self.close_code = code
-        self._send(Opcode.CLOSE, payload[:2])
+        self.send(Opcode.CLOSE, payload[:2])
         self.state = State.CLOSED
 
 
@@ -2934,7 +2914,6 @@ def metrics_lines(hub: Hub, refusals: RefusalLog) -> Iterator[str]:
         yield from metric("redis", "gauge", "How Redis is: 1 for what holds.", *states)
         text = "Calls triggered here that are not in the stream yet."
         yield from metric("redis_waiting_calls", "gauge", text, ("", redis.waiting))
-        yield from metric("redis_lag_seconds", "gauge", "For how long.", ("", redis.lag))
         yield from metric(
             "redis_lost_calls_total", "counter", "Never got there.", ("", redis.lost)
         )
@@ -3129,41 +3108,6 @@ def make_tls_context(cert_file: Path, key_file: Path) -> ssl.SSLContext:
             why += f"password ({error.reason or error})"
         raise ConfigError(why) from None
     return context
-
-
-def expiry(cert_file: Path) -> float | None:
-    """Return when a certificate ends, in seconds since 1970; None if that can't be read."""
-    try:
-        text = cert_file.read_text("latin-1").partition(ssl.PEM_HEADER)[2]
-        first = ssl.PEM_HEADER + text.partition(ssl.PEM_FOOTER)[0] + ssl.PEM_FOOTER
-        der = ssl.PEM_cert_to_DER_cert(first)
-        # RFC 5280 section 4.1: signature, issuer, validity, ... are the SEQUENCEs of it.
-        outer = der_values(der)[0][1]
-        fields = der_values(der_values(outer)[0][1])
-        sequences = [value for tag, value in fields if tag == DER_SEQUENCE]
-        kind, end = der_values(sequences[2])[1]
-    except (OSError, ValueError, IndexError):
-        return None
-    pattern = "%y%m%d%H%M%SZ" if kind == DER_UTC_TIME else "%Y%m%d%H%M%SZ"
-    return calendar.timegm(time.strptime(end.decode("ascii"), pattern))
-
-
-DER_SEQUENCE = 0x30
-DER_UTC_TIME = 0x17
-
-
-def der_values(data: bytes) -> list[tuple[int, bytes]]:
-    """Return the (tag, content) pairs that stand one after another in DER."""
-    values = []
-    start = 0
-    while start < len(data):
-        tag, size, head = data[start], data[start + 1], 2
-        if size & 0x80:
-            head += size & 0x7F
-            size = int.from_bytes(data[start + 2 : start + head], "big")
-        values.append((tag, data[start + head : start + head + size]))
-        start += head + size
-    return values
 
 
 TLS_HANDSHAKE = b"\x16"  # the first byte of a TLS connection (RFC 8446 section 5.1)
@@ -3421,7 +3365,6 @@ class RedisStatus(NamedTuple):
     state: RedisState
     reason: str
     waiting: int  # calls of ours that are not in the stream
-    lag: float  # seconds that the oldest of them has waited
     lost: int  # calls that will never be there
 
 
@@ -3528,9 +3471,7 @@ class RedisStream:
         """Return how Redis is."""
         with self._lock:
             self._give_up()
-            oldest = next(iter(self._pending.values()), None)
-            lag = time.monotonic() - oldest.began if oldest else 0.0
-            return RedisStatus(self._state, self._reason, len(self._pending), lag, self._lost)
+            return RedisStatus(self._state, self._reason, len(self._pending), self._lost)
 
     def close(self) -> None:
         """Give calls a moment to get into the stream."""
@@ -4044,15 +3985,10 @@ def parse_args(args: list[str] | None) -> argparse.Namespace:
 
 
 def load_tls(config: Config) -> ssl.SSLContext | None:
-    """Return the TLS context that a configuration asks for; warn of an expired certificate."""
+    """Return the TLS context that a configuration asks for."""
     if not config.use_ssl or config.cert_file is None or config.key_file is None:
         return None
-    context = make_tls_context(config.cert_file, config.key_file)
-    end = expiry(config.cert_file)
-    if end is not None and end < time.time():
-        day = time.strftime("%F", time.gmtime(end))
-        log.warning("CERT_FILE %s expired on %s: browsers will refuse it", config.cert_file, day)
-    return context
+    return make_tls_context(config.cert_file, config.key_file)
 
 
 class Daemon:

@@ -903,25 +903,19 @@ class TestWebSocketProtocol(unittest.TestCase):
         protocol = WebSocketProtocol()
         protocol.send_close(CloseCode.GOING_AWAY, "x")
         self.assertEqual(protocol.data_to_send(), b"\x88\x03\x03\xe9x")
-        protocol.send_text("not any more")
+        protocol.send(Opcode.TEXT, b"not any more")
         protocol.receive_data(masked(9, b"late"))
         self.assertEqual(protocol.data_to_send(), b"")
         self.assertFalse(protocol.is_closed)
         protocol.receive_data(masked(8, b"\x03\xe9"))
         self.assertEqual((protocol.data_to_send(), protocol.is_closed), (b"", True))
 
-    def test_eof(self) -> None:
-        protocol = WebSocketProtocol()
-        protocol.receive_eof()
-        self.assertEqual((protocol.is_closed, protocol.close_code), (True, 1006))
-
     def test_echo_in_ten_lines(self) -> None:
         # What a conformance suite needs: no socket, no change to the file.
         protocol = WebSocketProtocol(max_message=1 << 24)
-        send = {Opcode.TEXT: protocol.send_text, Opcode.BINARY: protocol.send_binary}
         protocol.receive_data(masked(1, b"a" * 100_000) + masked(2, b"b"))
         for event in protocol.events_received():
-            send[event.opcode](event.payload)
+            protocol.send(event.opcode, event.payload)
         expected = serialize_frame(Opcode.TEXT, b"a" * 100_000) + b"\x82\x01b"
         self.assertEqual(protocol.data_to_send(), expected)
 
@@ -2253,11 +2247,6 @@ class TestTLS(unittest.TestCase):
                     self.fail("it started")
             self.assertIn(expected, str(caught.exception))
 
-    def test_expired_certificate_is_warned_of(self) -> None:
-        keys = self.certificates.make("expired", days=-1)
-        with self.daemon(**keys) as (daemon, _):
-            daemon.wait_for_log(r"WARNING CERT_FILE \S+ expired on \d{4}-\d\d-\d\d: browsers will")
-
     def test_renewed_certificate_is_for_new_connections(self) -> None:
         with self.daemon() as (daemon, port), self.browser(port) as old:
             renewed = self.certificates.make("renewed")
@@ -2524,7 +2513,7 @@ class TestRelay(unittest.TestCase):
             self.assertEqual(
                 [name for name, value in metrics.items() if value], ['redis{state="up"}']
             )
-            self.assertEqual(len(metrics), 6)
+            self.assertEqual(len(metrics), 5)
 
     def test_position_is_the_same_on_every_daemon(self) -> None:
         with Redis() as redis, contextlib.ExitStack() as stack:
@@ -2665,8 +2654,7 @@ class TestRelay(unittest.TestCase):
             one.trigger()
             first = here.message()
             # Late is whatever has waited for longer than a second.
-            while redis_metrics(one)["redis_lag_seconds"] < 1.1:
-                one.wait_for_log("listens on")
+            until(lambda: time.time() * 1000 > first["time"] + 1100, "a second later")
             redis.start()
             late = there.message()
         self.assertEqual(late["key"], first["key"])

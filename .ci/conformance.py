@@ -66,16 +66,14 @@ class Echo(socketserver.StreamRequestHandler):
     def echo(self) -> None:
         """Return messages until the connection is closed."""
         protocol = WebSocketProtocol(max_message=MAX_MESSAGE)
-        send = {Opcode.TEXT: protocol.send_text, Opcode.BINARY: protocol.send_binary}
         while not protocol.is_closed:
             data = self.rfile.read1(1 << 16)
-            if data:
-                protocol.receive_data(data)
-            else:
-                protocol.receive_eof()
+            if not data:
+                break
+            protocol.receive_data(data)
             for message in protocol.events_received():
-                if message.opcode in send:
-                    send[message.opcode](message.payload)
+                if message.opcode in (Opcode.TEXT, Opcode.BINARY):
+                    protocol.send(message.opcode, message.payload)
             self.connection.sendall(protocol.data_to_send())
 
     def hang_up(self) -> None:
