@@ -10,18 +10,26 @@ Read it from top to bottom:
     2. Access lists    AccessList, peer_address, client_address, Origins, check_visitor
     3. WebSocket       RFC 6455 without I/O: check_handshake, serialize_frame, WebSocketProtocol
     4. Calls           Call, CallTracker, Log, LocalStream
-    5. Hub             Loop, DeadlineQueue, Browser, Audience, Hub
-    6. HTTP            RFC 9112: parse_head, check_parameters, Server, RequestHandler
-    7. TLS             make_tls_context
-    8. Redis           Link, RedisStream
-    9. Supervision     Supervisor, ServiceManager
-    10. Command line   log, limits, signals, main
+    5. Event loop      Loop, DeadlineQueue
+    6. Hub             Browser, Audience, Hub
+    7. HTTP            RFC 9112 without I/O: parse_head, check_parameters, serialize_response
+    8. Server          Connection, Server, RequestHandler, ROUTES
+    9. TLS             make_tls_context, begin_tls
+    10. Redis          Link, RedisStream
+    11. Monitoring     HubMetrics, RefusalLog, metrics_lines, Supervisor, ServiceManager
+    12. Status page    STATUS_PAGE
+    13. Command line   log, limits, signals, main
+
+Of http.server.ThreadingHTTPServer we use the listening socket, and a thread for a request that
+waits for a disk. Every other request is answered by the accepting thread as soon as it is whole: a
+thread for each would cost more than the answer. Its serve_forever and its parser are replaced, for
+they wait for whoever is slow.
 
 Who may touch what:
 
     The main thread accepts connections, gathers requests without ever blocking, and answers them.
     A slow peer costs it a descriptor and a small buffer, never a wait. A second port, CLIENT_PORT,
-    has a thread of its own for the same. What waits for a disk gets a request thread.
+    has a thread of its own for the same.
     The Hub's thread owns every browser's socket from Hub.subscribe() on: nobody else reads, writes
     or closes it. It takes calls from the Log, which any thread may touch.
     With REDIS_URL two more threads talk to Redis: one reads calls into the Log, one writes them.
@@ -71,80 +79,6 @@ from urllib.parse import parse_qsl, unquote, unquote_to_bytes, urlsplit
 
 VERSION = "1.1.0"
 DEFAULT_CONFIG = "/usr/local/etc/popup-notifier.conf"
-
-# Limits of section 3, in bytes.
-MAX_MESSAGE = 64 * 1024
-MAX_CONTROL = 125  # RFC 6455 section 5.5
-
-# Limits of section 4, in counts, bytes and seconds.
-MAX_HISTORY = 20_000  # calls remembered at most, whatever HISTORY says: some 30 MB
-MAX_HISTORY_SIZE = 32 << 20  # bytes of their frames: they may be 200 KiB each
-MAX_KEPT = 22_000  # calls, and so much more bytes: who begins at the oldest must get that one, too
-SLICE_SIZE = 64 * 1024  # bytes sent to a browser that lags before the others have their turn
-SLICE_CALLS = 1000  # looked at for it: most may be for other extensions
-# A PBX sends each event by a process or channel of its own: an answer within the first moment, as
-# of a headset that picks up by itself, can overtake the ring, and so can the end.
-OVERTAKING = 3.0
-
-# Limits of section 5, in counts, bytes and seconds.
-# Taken from one browser before the next has its turn: a whole TLS record, so that none of it stays
-# where the selector can't see it.
-READ_SIZE = 16 * 1024
-LOGGED_EXTENS = 10  # this many are named when nobody wanted a call
-LOGGED_ARRIVALS = 4  # of browsers that come at once, this many are named in the log
-MAX_HEARD = 8 * 1024  # of a message from a browser: no page has to say anything
-MAX_JOINED = 64  # slices whose frames are kept joined, 4 MiB: a crowd comes back at one place
-TURN_SLICES = 4  # that a browser is sent before the others have their turn
-MAX_UNANSWERED = 2  # pings; then a browser is gone
-# Of the interval: pings that are due within it leave together. To wake for each of 10,000
-# browsers, and again for its answer, costs three times as much.
-PING_SLACK = 0.01
-# A browser whose socket takes nothing for so long is too slow: a radio cell changes in 3 seconds.
-STALL_TIMEOUT = 10.0
-CLOSE_TIMEOUT = 1.0  # a browser has this long to take its Close frame and hang up
-DELIVERY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)  # seconds
-STOP_TIMEOUT = 3.0  # all of them together have this long when the daemon ends
-
-# Limits of section 6, in bytes, counts and seconds. Other servers allow heads of 8 to 64 KiB; a
-# browser with many cookies sends 4, a dialplan 0.3.
-MAX_HEAD = 16 * 1024
-MAX_FIELDS = 64
-MAX_BODY = 64 * 1024
-MAX_PARAMETERS = 32
-MAX_NAME = 64  # characters, of extensions too
-MAX_EXTENS = 100  # that one browser may ask for
-MAX_VALUE = 2048  # characters; the longest caller ID that Asterisk keeps has 256
-REQUEST_TIMEOUT = 10.0  # from the first byte of a request to its last
-DRAIN_TIMEOUT = 1.0  # a refused peer has this long to take our answer and hang up
-# socketserver asks for a queue of 5 connections: a restart with 10,000 browsers would lose most
-# of their handshakes. The kernel cuts this down to net.core.somaxconn.
-LISTEN_QUEUE = 4096
-HEALTH_TIMEOUT = 2.0  # each thread has this long to show that it turns
-MAX_THREADS = 32  # requests that are answered in threads at a time
-ACCEPT_BATCH = 64  # connections accepted before those that wait are looked at again
-ACCEPT_PAUSE = 0.1  # no accepting for this long when descriptors have run out
-MAX_FILES = 1 << 20  # open files we ask for at most: some systems have no limit but want one
-QUEUE_SIZES = (512, 512, 64, 256)  # connections that wait for more bytes, see Queues
-REPORT_PERIOD = 60.0  # refusals of an address with a status: the first REPORT_LINES of a period
-REPORT_LINES = 3  # are logged, the others summed up at its end, or when REPORT_KEYS are counted
-REPORT_KEYS = 1000
-
-# Limits of section 8, in seconds, counts and bytes.
-REDIS_PATIENCE = 0.1  # seconds that a call may take through Redis before it is delivered here
-REDIS_TIMEOUT = 5.0  # seconds for an answer
-REDIS_BLOCK = 2.0  # seconds without a call after which both links show a sign of life
-REDIS_DELAYS = (0.1, 5.0)  # seconds between two attempts to connect: the first, the longest
-REDIS_WAITING = 256  # triggers that may wait at a time
-REDIS_BATCH = 100  # calls written or read at a time
-REDIS_START = 1.0  # seconds that the start waits for the history
-STREAM_LENGTH = 100_000  # entries kept: five times MAX_HISTORY, some 20 MB
-REDIS_AHEAD = 10.0  # seconds that a browser may be ahead of what its node has read
-REDIS_KEEP = 1.0  # seconds that calls are kept for other nodes, if HISTORY is less
-MAX_TIME = 10**14  # milliseconds since 1970: the year 5138
-MAX_BULK = 1 << 20  # bytes of a string that Redis sends; a call has 200 KiB at most
-MAX_ELEMENTS = 1 << 16  # of a list; a batch has hundreds
-MAX_DEPTH = 8  # of lists in lists; XREAD's reply has 5
-MAX_LINE = 16 * 1024  # bytes; it is an error's text at most
 
 log = logging.getLogger("popup-notifier")
 
@@ -529,6 +463,8 @@ def parse_value(key: Key, raw: bytes) -> Any:
 
 
 # --- 2. Access lists ---------------------------------------------------------------------------
+#
+# Who may do what, by address, origin and token. Plain functions of the configuration: any thread.
 
 
 class AccessList:
@@ -641,6 +577,9 @@ def is_given(token: str, given: Iterable[str]) -> bool:
 #
 # RFC 6455 as plain functions and one class that turn bytes into messages and back. Nothing here
 # knows a socket, a clock, a thread or the log.
+
+MAX_MESSAGE = 64 * 1024  # bytes
+MAX_CONTROL = 125  # bytes, RFC 6455 section 5.5
 
 
 class Opcode(enum.IntEnum):
@@ -990,6 +929,15 @@ def parse_frame_head(data: bytes, start: int) -> tuple[FrameHead, int] | None:
 # Calls get into the log by a stream: LocalStream for a daemon on its own, RedisStream (section 8)
 # for several that share their calls. Nobody else knows where calls come from.
 
+MAX_HISTORY = 20_000  # calls remembered at most, whatever HISTORY says: some 30 MB
+MAX_HISTORY_SIZE = 32 << 20  # bytes of their frames: they may be 200 KiB each
+MAX_KEPT = 22_000  # calls, and so much more bytes: who begins at the oldest must get that one, too
+SLICE_SIZE = 64 * 1024  # bytes sent to a browser that lags before the others have their turn
+SLICE_CALLS = 1000  # calls looked at for it: most may be for other extensions
+# A PBX sends each event by a process or channel of its own: an answer within the first moment, as
+# of a headset that picks up by itself, can overtake the ring, and so can the end.
+OVERTAKING = 3.0  # seconds
+
 ALL = "all"
 NO_EXTENS: frozenset[str] = frozenset()  # shared by all: each empty set takes 216 bytes
 EVENTS = ("ring", "answer", "end")
@@ -1312,11 +1260,17 @@ class LocalStream:
         """End."""
 
 
-# --- 5. Hub ------------------------------------------------------------------------------------
+# --- 5. Event loop -----------------------------------------------------------------------------
+#
+# What the Hub's thread and those of the ports are built on: nobody but its own thread waits for a
+# Loop's sockets, and any thread may hand it a task.
+
+# Taken from one browser before the next has its turn: a whole TLS record, so that none of it stays
+# where the selector can't see it.
+READ_SIZE = 16 * 1024  # bytes
 
 # What a non-blocking socket raises when it has nothing to read or no room to write.
 WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-PING = serialize_frame(Opcode.PING, b"")
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 Item = TypeVar("Item", bound=Hashable)
 
@@ -1429,6 +1383,27 @@ class DeadlineQueue(Generic[Item]):
 def seconds_until(deadline: float) -> float | None:
     """Return how long a Loop may wait: None when nothing is due."""
     return None if deadline == math.inf else max(deadline - time.monotonic(), 0)
+
+
+# --- 6. Hub ------------------------------------------------------------------------------------
+#
+# One thread owns all browsers. It neither waits for one of them nor keeps calls for it: what a
+# browser is owed stands in the log.
+
+LOGGED_EXTENS = 10  # so many are named when nobody wanted a call
+LOGGED_ARRIVALS = 4  # of browsers that come at once, so many are named in the log
+MAX_HEARD = 8 * 1024  # bytes of a message from a browser: no page has to say anything
+MAX_JOINED = 64  # slices whose frames are kept joined, 4 MiB: a crowd comes back at one place
+TURN_SLICES = 4  # that a browser is sent before the others have their turn
+MAX_UNANSWERED = 2  # pings; then a browser is gone
+# Of the interval: pings that are due within it leave together. To wake for each of 10,000
+# browsers, and again for its answer, costs three times as much.
+PING_SLACK = 0.01
+# Seconds after which a browser whose socket takes nothing is too slow: another radio cell takes 3.
+STALL_TIMEOUT = 10.0
+CLOSE_TIMEOUT = 1.0  # seconds that a browser has to take its Close frame and hang up
+STOP_TIMEOUT = 3.0  # seconds that all of them together have when the daemon ends
+PING = serialize_frame(Opcode.PING, b"")
 
 
 class Browser:
@@ -1551,25 +1526,6 @@ class DropReason(enum.Enum):
     BUG = "bug"
 
 
-class HubMetrics:
-    """What the Hub's thread counts. Others only read it."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.deliveries = 0
-        self.drops = dict.fromkeys(DropReason, 0)
-        self.seconds = 0.0  # from trigger to last browser, over all calls
-        self.within = [0] * len(DELIVERY_BUCKETS)  # calls delivered within each bucket's time
-
-    def observe(self, count: int, seconds: float) -> None:
-        """Count a call that was sent to `count` browsers within `seconds`."""
-        self.calls += 1
-        self.deliveries += count
-        self.seconds += seconds
-        for index, limit in enumerate(DELIVERY_BUCKETS):
-            self.within[index] += seconds <= limit
-
-
 class Hub:
     """The browsers, and the one thread that talks to them.
 
@@ -1578,8 +1534,8 @@ class Hub:
     there, between new calls, and are not listened to meanwhile: what they say can't add to what
     they are owed. Those that leave have their Close frame and a moment to hang up.
 
-    Other threads call start, subscribe, welcome, reconfigure and close, which never wait for a
-    browser.
+    Other threads call start, subscribe, admit_arrivals, reconfigure and close, which never wait
+    for a browser.
     """
 
     def __init__(self, config: Config, max_browsers: int, stream: Stream) -> None:
@@ -1645,7 +1601,7 @@ class Hub:
             self.loop.watch(browser.sock, READ, browser)
         return True
 
-    def welcome(self) -> None:
+    def admit_arrivals(self) -> None:
         """Let the Hub's thread take note of the arrivals, rather than when it turns anyway.
 
         Called when there is nothing else to do: woken for each of 10,000 browsers, the two
@@ -2099,7 +2055,18 @@ class Hub:
         log.info("browser gone: %s %s (%s)", browser.visitor.address, why, self._connected())
 
 
-# --- 6. HTTP -----------------------------------------------------------------------------------
+# --- 7. HTTP -----------------------------------------------------------------------------------
+#
+# RFC 9112 and a trigger's parameters as plain functions: bytes in, and out comes a Request or a
+# RequestError. Limits are in bytes, unless they say otherwise. Other servers allow heads of 8 to
+# 64 KiB; a browser with many cookies sends 4, a dialplan 0.3.
+
+MAX_HEAD = 16 * 1024
+MAX_FIELDS = 64
+MAX_BODY = 64 * 1024
+MAX_PARAMETERS = 32
+MAX_NAME = 64  # characters, of extensions too
+MAX_VALUE = 2048  # characters; the longest caller ID that Asterisk keeps has 256
 
 # Heads are read as Latin-1: every byte is a character. A PBX may put a caller's name into the
 # request line as raw UTF-8.
@@ -2108,14 +2075,8 @@ REQUEST_LINE = re.compile(rf"({TOKEN_CHARS}) ([!-~\x80-\xff]+) HTTP/1\.([0-9])")
 FIELD_LINES = re.compile(rf"(?:{TOKEN_CHARS}:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*")
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]*)(?::[0-9]*)?")
 AUTHORITY = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
-SWITCHING_PROTOCOLS = (
-    "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-)
 HEAD_END = b"\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-SUBPROTOCOL = "popup-notifier"  # what a page names beside its token
-SCRIPT_NAME = "popup-sample.js"
-SCRIPT_FOLDERS = (Path(__file__).resolve().parent, Path("/usr/local/share/popup-notifier"))
 SURROGATES = re.compile("[\ud800-\udfff]+")  # what stands for bytes that are not UTF-8
 FORM = "application/x-www-form-urlencoded"
 JSON = "application/json"
@@ -2318,6 +2279,28 @@ def check_value(name: str, value: object) -> str:
     return text
 
 
+# --- 8. Server ---------------------------------------------------------------------------------
+#
+# A thread for each port accepts connections, gathers their requests and answers them. It never
+# waits: whoever is slow stands in a queue of bounded size until a deadline. Times are in seconds.
+
+MAX_EXTENS = 100  # that one browser may ask for
+REQUEST_TIMEOUT = 10.0  # from the first byte of a request to its last
+DRAIN_TIMEOUT = 1.0  # a refused peer has this long to take our answer and hang up
+# socketserver asks for a queue of 5 connections: a restart with 10,000 browsers would lose most
+# of their handshakes. The kernel cuts this down to net.core.somaxconn.
+LISTEN_QUEUE = 4096
+MAX_THREADS = 32  # requests that are answered in threads at a time
+ACCEPT_BATCH = 64  # connections accepted before those that wait are looked at again
+ACCEPT_PAUSE = 0.1  # no accepting for this long when descriptors have run out
+QUEUE_SIZES = (512, 512, 64, 256)  # connections that wait for more bytes, see Queues
+
+SWITCHING_PROTOCOLS = (
+    "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+)
+SUBPROTOCOL = "popup-notifier"  # what a page names beside its token
+SCRIPT_NAME = "popup-sample.js"
+SCRIPT_FOLDERS = (Path(__file__).resolve().parent, Path("/usr/local/share/popup-notifier"))
 INTERNAL_ERROR = serialize_response(
     HTTPStatus.INTERNAL_SERVER_ERROR, "Internal Server Error: popup-notifier's log says more\n"
 )
@@ -2390,41 +2373,6 @@ class Queues(NamedTuple):
     draining: DeadlineQueue[Connection]  # refused ones that may still be sending
 
 
-class RefusalLog:
-    """Logs who was refused why. What repeats is summed up: a scan must not fill the disk."""
-
-    def __init__(self) -> None:
-        self.totals: collections.Counter[int] = collections.Counter()  # by status
-        self._lock = threading.Lock()
-        self._counts: collections.Counter[tuple[str, int]] = collections.Counter()
-        self.deadline = math.inf  # when to report, monotonic seconds
-
-    def add(self, address: IPAddress, error: RequestError) -> None:
-        """Log a refusal, or count it when its like were logged just before. Any thread."""
-        key = (str(address), error.status.value)
-        with self._lock:
-            self.deadline = min(self.deadline, time.monotonic() + REPORT_PERIOD)
-            self.totals[error.status.value] += 1
-            self._counts[key] += 1
-            count, is_full = self._counts[key], len(self._counts) >= REPORT_KEYS
-        if count <= REPORT_LINES:
-            log.warning("refused: %s %d %s", *key, error)
-        if is_full:
-            self.report()
-
-    def report(self, now: float = math.inf) -> None:
-        """Log what was only counted, if that is due, and begin anew. Any thread."""
-        with self._lock:
-            if self.deadline > now:
-                return
-            counts, self._counts = self._counts, collections.Counter()
-            self.deadline = math.inf
-        for (address, status), count in counts.items():
-            if count > REPORT_LINES:
-                more = count - REPORT_LINES
-                log.warning("refused: %s %d, %d times more", address, status, more)
-
-
 class Server(http.server.ThreadingHTTPServer):
     """Accepts connections, gathers their requests and has them answered, in one thread.
 
@@ -2492,7 +2440,7 @@ class Server(http.server.ThreadingHTTPServer):
         while not self._is_stopping:
             ready = self.loop.wait(0)
             if not ready and not self._is_stopping:
-                self.hub.welcome()
+                self.hub.admit_arrivals()
                 ready = self.loop.wait(self._until_deadline())
             for owner, events in ready:
                 if owner is self:
@@ -2876,57 +2824,6 @@ def no_room(hub: Hub) -> RequestError:
     return RequestError(HTTPStatus.SERVICE_UNAVAILABLE, reason, Retry_After="30")
 
 
-def metrics_lines(hub: Hub, refusals: RefusalLog) -> Iterator[str]:
-    """Yield the metrics in Prometheus's text format."""
-
-    def metric(name: str, kind: str, text: str, *samples: tuple[str, float]) -> Iterator[str]:
-        yield f"# HELP popup_notifier_{name} {text}"
-        yield f"# TYPE popup_notifier_{name} {kind}"
-        for suffix, value in samples:
-            yield f"popup_notifier_{name}{suffix} {value}"
-
-    counted = hub.metrics
-    drops = [(f'{{reason="{reason.value}"}}', count) for reason, count in counted.drops.items()]
-    refused = [(f'{{status="{status}"}}', count) for status, count in refusals.totals.items()]
-    buckets: list[tuple[str, float]] = [
-        (f'_bucket{{le="{limit}"}}', count)
-        for limit, count in zip(DELIVERY_BUCKETS, counted.within)
-    ]
-    buckets += [
-        ('_bucket{le="+Inf"}', counted.calls),
-        ("_sum", counted.seconds),
-        ("_count", counted.calls),
-    ]
-    yield from metric("info", "gauge", "The version that runs.", (f'{{version="{VERSION}"}}', 1))
-    yield from metric("uptime_seconds", "gauge", "Time since the start.", ("", uptime()))
-    yield from metric("browsers", "gauge", "Browsers connected now.", ("", hub.count()))
-    yield from metric("calls_total", "counter", "Calls broadcast.", ("", counted.calls))
-    yield from metric(
-        "deliveries_total", "counter", "Calls times browsers.", ("", counted.deliveries)
-    )
-    yield from metric("dropped_browsers_total", "counter", "Connections we ended.", *drops)
-    yield from metric("refused_requests_total", "counter", "Requests refused.", *refused)
-    text = "From a trigger to the last browser's send."
-    yield from metric("delivery_seconds", "histogram", text, *buckets)
-    redis = hub.stream.status()
-    if redis is not None:
-        states = [(f'{{state="{each.value}"}}', float(each is redis.state)) for each in RedisState]
-        yield from metric("redis", "gauge", "How Redis is: 1 for what holds.", *states)
-        text = "Calls triggered here that are not in the stream yet."
-        yield from metric("redis_waiting_calls", "gauge", text, ("", redis.waiting))
-        yield from metric(
-            "redis_lost_calls_total", "counter", "Never got there.", ("", redis.lost)
-        )
-
-
-START = time.monotonic()
-
-
-def uptime() -> float:
-    """Return the seconds since the start."""
-    return round(time.monotonic() - START, 3)
-
-
 def parse_subscription(
     pairs: Iterable[tuple[str, object]],
 ) -> tuple[frozenset[str], CallID | None, bool]:
@@ -2948,20 +2845,6 @@ def parse_subscription(
     return frozenset(map(sys.intern, extens)) if extens else NO_EXTENS, since, recovers
 
 
-def status_page_policy(page: str) -> str:
-    """Return the Content-Security-Policy that admits the page's own script and style alone."""
-
-    def hashes(tag: str) -> str:
-        texts = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()) for text in texts]
-        return " ".join(f"'sha256-{digest.decode()}'" for digest in digests)
-
-    return (
-        f"default-src 'none'; script-src 'self' {hashes('script')}; style-src {hashes('style')}; "
-        "connect-src 'self' ws: wss:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-    )
-
-
 class Route(NamedTuple):
     """Who may ask for a path how, and what answers."""
 
@@ -2981,111 +2864,10 @@ ROUTES = {
     f"/{SCRIPT_NAME}": Route(READING, "crmws_allow", RequestHandler.handle_script, is_slow=True),
 }
 
-STATUS_PAGE = r"""<!doctype html>
-<html lang="ja">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>popup-notifier</title>
-<style>
-  :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --paper: #f6f8fa;
-    --card: #fff; --rule: #d1d9e0; --good: #1a7f37; --wait: #9a6700; --bad: #cf222e }
-  @media (prefers-color-scheme: dark) {
-    :root { --ink: #e6edf3; --soft: #9198a1; --paper: #0d1117;
-      --card: #161b22; --rule: #3d444d; --good: #3fb950; --wait: #d29922; --bad: #ff7b72 }
-  }
-  body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui }
-  main { max-width: 860px; margin: 0 auto; padding: 24px 16px }
-  h1 { margin: 0 0 16px; font-size: 1.25rem }
-  #state { margin: 0; padding: 16px; border: 1px solid var(--rule); border-radius: 8px;
-    border-left: 6px solid var(--line); background: var(--card); font-size: 1.25rem;
-    font-weight: 600; overflow-wrap: anywhere }
-  #state { --line: var(--wait) }
-  #state.open { --line: var(--good) } #state.bad { --line: var(--bad) }
-  #state::before { margin-right: 12px; color: var(--line); content: "…" }
-  #state.open::before { content: "✓" } #state.bad::before { content: "!" }
-  form { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; margin: 20px 0 }
-  input, button { padding: 6px 10px; border: 1px solid var(--soft); border-radius: 6px;
-    background: var(--card); color: inherit; font: inherit }
-  input { flex: 0 1 10em; min-width: 0 }
-  pre { padding: 12px; border: 1px solid var(--rule); border-radius: 8px;
-    background: var(--card); white-space: pre-wrap; overflow-wrap: anywhere }
-  table { width: 100%; border-collapse: collapse; background: var(--card) }
-  th, td { padding: 8px; border-bottom: 1px solid var(--rule); text-align: left;
-    vertical-align: top; overflow-wrap: anywhere }
-  b, td { unicode-bidi: isolate }
-  th { color: var(--soft); font-size: .875rem; font-weight: 600; white-space: nowrap }
-  td:first-child { white-space: nowrap } td:nth-child(2) { width: 65% }
-</style>
-<main>
-  <h1>popup-notifier</h1>
-  <p id="state" role="status"></p>
-  <form>
-    <label for="exten" data-say="filter"></label>
-    <input id="exten" name="exten" placeholder="201,202" autocomplete="off">
-    <button data-say="apply"></button>
-  </form>
-  <section id="empty"><p data-say="empty"></p><pre tabindex="0"></pre></section>
-  <table hidden>
-    <thead><tr><th data-say="time"><th data-say="phone"><th data-say="exten">
-    <tbody aria-live="polite">
-  </table>
-</main>
-<script src="/popup-sample.js" data-manual></script>
-<script>
-  'use strict';
-  const MAX_ROWS = 50;
-  const WORDS = {
-    start: ['Connecting', '接続しています'], apply: ['Show', '表示'],
-    filter: ['Extension (empty: all)', '内線 (空欄: すべて)'],
-    empty: ['No call yet. Try this on the PBX, with your token:',
-      'まだ着信がありません。PBX で次のコマンドを試してください (token は設定ファイルの値)。'],
-    time: ['Time', '時刻'], phone: ['Caller', '発信者'], exten: ['Extension', '内線'],
-    withheld: ['withheld', '非通知'],
-    missed: ['missed', '切断中'], answer: ['answered', '応答'], end: ['ended', '終了'],
-  };
-  const isJapanese = /^ja\b/i.test(navigator.language);
-  const say = (key) => WORDS[key][isJapanese ? 1 : 0];
-  const find = (selector) => document.querySelector(selector);
-  const exten = new URLSearchParams(location.search).get('exten') || '';
 
-  document.documentElement.lang = isJapanese ? 'ja' : 'en';
-  for (const node of document.querySelectorAll('[data-say]')) {
-    node.textContent = say(node.dataset.say);
-  }
-  find('#state').textContent = say('start');
-  find('#exten').value = exten;
-  find('pre').textContent = `curl -m 1 -X POST "${location.origin}/api/trigger`
-    + `?phone=0312345678&exten=${exten.split(',')[0] || 'all'}&token=SECRET_TOKEN"`;
-
-  function onStatus({ state, reason, text }) {
-    find('#state').textContent = text;
-    find('#state').className = state !== 'open' && reason ? 'bad' : reason ? 'gap' : state;
-    document.title = `${state === 'open' ? '✓' : '!'} popup-notifier`;
-    return false; // no notice: it is all said here
-  }
-
-  function onCall({ time, phone, name, exten: called, event, missed }) {
-    const clock = time.toTimeString().slice(0, 8);
-    const note = missed ? 'missed' : event;
-    const row = find('tbody').insertRow(0);
-    const number = document.createElement('b');
-    number.textContent = phone || say('withheld');
-    row.insertCell().append(clock);
-    row.insertCell().append(number, ` ${name}`);
-    row.insertCell().append(called);
-    if (/^(missed|answer|end)$/.test(note)) row.lastChild.append(` ${say(note)}`);
-    if (find('tbody').rows.length > MAX_ROWS) find('tbody').deleteRow(-1);
-    find('#empty').hidden = true;
-    find('table').hidden = false;
-    return window.innerWidth > 700; // on a phone the popup would cover the list
-  }
-
-  PopupNotifier.connect({ exten, onStatus, onCall });
-</script>
-"""
-
-
-# --- 7. TLS ------------------------------------------------------------------------------------
+# --- 9. TLS ------------------------------------------------------------------------------------
+#
+# The handshake of CLIENT_PORT goes on as bytes come, in the port's thread.
 
 
 def make_tls_context(cert_file: Path, key_file: Path) -> ssl.SSLContext:
@@ -3148,7 +2930,7 @@ def tls_refusal(error: ssl.SSLError) -> RequestError:
     return RequestError(HTTPStatus.BAD_REQUEST, f"TLS: {reasons.get(reason, reason)}")
 
 
-# --- 8. Redis ----------------------------------------------------------------------------------
+# --- 10. Redis ---------------------------------------------------------------------------------
 #
 # Several daemons ("nodes") act as one: each call goes into a Redis stream, and every node puts
 # into its log what it reads from there, its own calls too. An ID is a position in that stream.
@@ -3170,6 +2952,22 @@ def tls_refusal(error: ssl.SSLError) -> RequestError:
 # it with an entry that is no call: it says how far back the history goes.
 #
 # Two threads, each with a link to Redis of its own, wait for it: one reads, one writes.
+
+REDIS_PATIENCE = 0.1  # seconds that a call may take through Redis before it is delivered here
+REDIS_TIMEOUT = 5.0  # seconds for an answer
+REDIS_BLOCK = 2.0  # seconds without a call after which both links show a sign of life
+REDIS_DELAYS = (0.1, 5.0)  # seconds between two attempts to connect: the first, the longest
+REDIS_WAITING = 256  # triggers that may wait at a time
+REDIS_BATCH = 100  # calls written or read at a time
+REDIS_START = 1.0  # seconds that the start waits for the history
+STREAM_LENGTH = 100_000  # entries kept: five times MAX_HISTORY, some 20 MB
+REDIS_AHEAD = 10.0  # seconds that a browser may be ahead of what its node has read
+REDIS_KEEP = 1.0  # seconds that calls are kept for other nodes, if HISTORY is less
+MAX_TIME = 10**14  # milliseconds since 1970: the year 5138
+MAX_BULK = 1 << 20  # bytes of a string that Redis sends; a call has 200 KiB at most
+MAX_ELEMENTS = 1 << 16  # of a list; a batch has hundreds
+MAX_DEPTH = 8  # of lists in lists; XREAD's reply has 5
+MAX_LINE = 16 * 1024  # bytes; it is an error's text at most
 
 MARKER = ("resumed", 1)  # the fields of an entry that is no call
 CALL_KEY = re.compile(r"[!-~]{1,64}")
@@ -3762,9 +3560,124 @@ class RedisStream:
 Stream = Union[LocalStream, RedisStream]
 
 
-# --- 9. Supervision ----------------------------------------------------------------------------
+# --- 11. Monitoring ----------------------------------------------------------------------------
+#
+# How the daemon is: for Prometheus, for whoever reads the log, and for systemd. RefusalLog and
+# Supervisor may be used by any thread; the Hub's alone counts in HubMetrics.
 
+HEALTH_TIMEOUT = 2.0  # seconds that each thread has to show that it turns
+# Seconds. Of the refusals of an address with a status in such a period the first REPORT_LINES
+# are logged, the others summed up at its end, or when there are REPORT_KEYS of such pairs.
+REPORT_PERIOD = 60.0
+REPORT_LINES = 3
+REPORT_KEYS = 1000
+DELIVERY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)  # seconds
 STATUS_INTERVAL = 10.0  # seconds between two status lines to systemd
+
+
+class HubMetrics:
+    """What the Hub's thread counts. Others only read it."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.deliveries = 0
+        self.drops = dict.fromkeys(DropReason, 0)
+        self.seconds = 0.0  # from trigger to last browser, over all calls
+        self.within = [0] * len(DELIVERY_BUCKETS)  # calls delivered within each bucket's time
+
+    def observe(self, count: int, seconds: float) -> None:
+        """Count a call that was sent to `count` browsers within `seconds`."""
+        self.calls += 1
+        self.deliveries += count
+        self.seconds += seconds
+        for index, limit in enumerate(DELIVERY_BUCKETS):
+            self.within[index] += seconds <= limit
+
+
+class RefusalLog:
+    """Logs who was refused why. What repeats is summed up: a scan must not fill the disk."""
+
+    def __init__(self) -> None:
+        self.totals: collections.Counter[int] = collections.Counter()  # by status
+        self._lock = threading.Lock()
+        self._counts: collections.Counter[tuple[str, int]] = collections.Counter()
+        self.deadline = math.inf  # when to report, monotonic seconds
+
+    def add(self, address: IPAddress, error: RequestError) -> None:
+        """Log a refusal, or count it when its like were logged just before. Any thread."""
+        key = (str(address), error.status.value)
+        with self._lock:
+            self.deadline = min(self.deadline, time.monotonic() + REPORT_PERIOD)
+            self.totals[error.status.value] += 1
+            self._counts[key] += 1
+            count, is_full = self._counts[key], len(self._counts) >= REPORT_KEYS
+        if count <= REPORT_LINES:
+            log.warning("refused: %s %d %s", *key, error)
+        if is_full:
+            self.report()
+
+    def report(self, now: float = math.inf) -> None:
+        """Log what was only counted, if that is due, and begin anew. Any thread."""
+        with self._lock:
+            if self.deadline > now:
+                return
+            counts, self._counts = self._counts, collections.Counter()
+            self.deadline = math.inf
+        for (address, status), count in counts.items():
+            if count > REPORT_LINES:
+                more = count - REPORT_LINES
+                log.warning("refused: %s %d, %d times more", address, status, more)
+
+
+def metrics_lines(hub: Hub, refusals: RefusalLog) -> Iterator[str]:
+    """Yield the metrics in Prometheus's text format."""
+
+    def metric(name: str, kind: str, text: str, *samples: tuple[str, float]) -> Iterator[str]:
+        yield f"# HELP popup_notifier_{name} {text}"
+        yield f"# TYPE popup_notifier_{name} {kind}"
+        for suffix, value in samples:
+            yield f"popup_notifier_{name}{suffix} {value}"
+
+    counted = hub.metrics
+    drops = [(f'{{reason="{reason.value}"}}', count) for reason, count in counted.drops.items()]
+    refused = [(f'{{status="{status}"}}', count) for status, count in refusals.totals.items()]
+    buckets: list[tuple[str, float]] = [
+        (f'_bucket{{le="{limit}"}}', count)
+        for limit, count in zip(DELIVERY_BUCKETS, counted.within)
+    ]
+    buckets += [
+        ('_bucket{le="+Inf"}', counted.calls),
+        ("_sum", counted.seconds),
+        ("_count", counted.calls),
+    ]
+    yield from metric("info", "gauge", "The version that runs.", (f'{{version="{VERSION}"}}', 1))
+    yield from metric("uptime_seconds", "gauge", "Time since the start.", ("", uptime()))
+    yield from metric("browsers", "gauge", "Browsers connected now.", ("", hub.count()))
+    yield from metric("calls_total", "counter", "Calls broadcast.", ("", counted.calls))
+    yield from metric(
+        "deliveries_total", "counter", "Calls times browsers.", ("", counted.deliveries)
+    )
+    yield from metric("dropped_browsers_total", "counter", "Connections we ended.", *drops)
+    yield from metric("refused_requests_total", "counter", "Requests refused.", *refused)
+    text = "From a trigger to the last browser's send."
+    yield from metric("delivery_seconds", "histogram", text, *buckets)
+    redis = hub.stream.status()
+    if redis is not None:
+        states = [(f'{{state="{each.value}"}}', float(each is redis.state)) for each in RedisState]
+        yield from metric("redis", "gauge", "How Redis is: 1 for what holds.", *states)
+        text = "Calls triggered here that are not in the stream yet."
+        yield from metric("redis_waiting_calls", "gauge", text, ("", redis.waiting))
+        yield from metric(
+            "redis_lost_calls_total", "counter", "Never got there.", ("", redis.lost)
+        )
+
+
+START = time.monotonic()
+
+
+def uptime() -> float:
+    """Return the seconds since the start."""
+    return round(time.monotonic() - START, 3)
 
 
 class Supervisor:
@@ -3830,10 +3743,133 @@ class ServiceManager:
                 log.warning("cannot tell systemd %s: %s", lines[0], error.strerror)
 
 
-# --- 10. Command line --------------------------------------------------------------------------
+# --- 12. Status page ---------------------------------------------------------------------------
+#
+# What a browser is shown at GET /. It stands in here because one file is copied to the server.
+
+STATUS_PAGE = r"""<!doctype html>
+<html lang="ja">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>popup-notifier</title>
+<style>
+  :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --paper: #f6f8fa;
+    --card: #fff; --rule: #d1d9e0; --good: #1a7f37; --wait: #9a6700; --bad: #cf222e }
+  @media (prefers-color-scheme: dark) {
+    :root { --ink: #e6edf3; --soft: #9198a1; --paper: #0d1117;
+      --card: #161b22; --rule: #3d444d; --good: #3fb950; --wait: #d29922; --bad: #ff7b72 }
+  }
+  body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui }
+  main { max-width: 860px; margin: 0 auto; padding: 24px 16px }
+  h1 { margin: 0 0 16px; font-size: 1.25rem }
+  #state { margin: 0; padding: 16px; border: 1px solid var(--rule); border-radius: 8px;
+    border-left: 6px solid var(--line); background: var(--card); font-size: 1.25rem;
+    font-weight: 600; overflow-wrap: anywhere }
+  #state { --line: var(--wait) }
+  #state.open { --line: var(--good) } #state.bad { --line: var(--bad) }
+  #state::before { margin-right: 12px; color: var(--line); content: "…" }
+  #state.open::before { content: "✓" } #state.bad::before { content: "!" }
+  form { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; margin: 20px 0 }
+  input, button { padding: 6px 10px; border: 1px solid var(--soft); border-radius: 6px;
+    background: var(--card); color: inherit; font: inherit }
+  input { flex: 0 1 10em; min-width: 0 }
+  pre { padding: 12px; border: 1px solid var(--rule); border-radius: 8px;
+    background: var(--card); white-space: pre-wrap; overflow-wrap: anywhere }
+  table { width: 100%; border-collapse: collapse; background: var(--card) }
+  th, td { padding: 8px; border-bottom: 1px solid var(--rule); text-align: left;
+    vertical-align: top; overflow-wrap: anywhere }
+  b, td { unicode-bidi: isolate }
+  th { color: var(--soft); font-size: .875rem; font-weight: 600; white-space: nowrap }
+  td:first-child { white-space: nowrap } td:nth-child(2) { width: 65% }
+</style>
+<main>
+  <h1>popup-notifier</h1>
+  <p id="state" role="status"></p>
+  <form>
+    <label for="exten" data-say="filter"></label>
+    <input id="exten" name="exten" placeholder="201,202" autocomplete="off">
+    <button data-say="apply"></button>
+  </form>
+  <section id="empty"><p data-say="empty"></p><pre tabindex="0"></pre></section>
+  <table hidden>
+    <thead><tr><th data-say="time"><th data-say="phone"><th data-say="exten">
+    <tbody aria-live="polite">
+  </table>
+</main>
+<script src="/popup-sample.js" data-manual></script>
+<script>
+  'use strict';
+  const MAX_ROWS = 50;
+  const WORDS = {
+    start: ['Connecting', '接続しています'], apply: ['Show', '表示'],
+    filter: ['Extension (empty: all)', '内線 (空欄: すべて)'],
+    empty: ['No call yet. Try this on the PBX, with your token:',
+      'まだ着信がありません。PBX で次のコマンドを試してください (token は設定ファイルの値)。'],
+    time: ['Time', '時刻'], phone: ['Caller', '発信者'], exten: ['Extension', '内線'],
+    withheld: ['withheld', '非通知'],
+    missed: ['missed', '切断中'], answer: ['answered', '応答'], end: ['ended', '終了'],
+  };
+  const isJapanese = /^ja\b/i.test(navigator.language);
+  const say = (key) => WORDS[key][isJapanese ? 1 : 0];
+  const find = (selector) => document.querySelector(selector);
+  const exten = new URLSearchParams(location.search).get('exten') || '';
+
+  document.documentElement.lang = isJapanese ? 'ja' : 'en';
+  for (const node of document.querySelectorAll('[data-say]')) {
+    node.textContent = say(node.dataset.say);
+  }
+  find('#state').textContent = say('start');
+  find('#exten').value = exten;
+  find('pre').textContent = `curl -m 1 -X POST "${location.origin}/api/trigger`
+    + `?phone=0312345678&exten=${exten.split(',')[0] || 'all'}&token=SECRET_TOKEN"`;
+
+  function onStatus({ state, reason, text }) {
+    find('#state').textContent = text;
+    find('#state').className = state !== 'open' && reason ? 'bad' : reason ? 'gap' : state;
+    document.title = `${state === 'open' ? '✓' : '!'} popup-notifier`;
+    return false; // no notice: it is all said here
+  }
+
+  function onCall({ time, phone, name, exten: called, event, missed }) {
+    const clock = time.toTimeString().slice(0, 8);
+    const note = missed ? 'missed' : event;
+    const row = find('tbody').insertRow(0);
+    const number = document.createElement('b');
+    number.textContent = phone || say('withheld');
+    row.insertCell().append(clock);
+    row.insertCell().append(number, ` ${name}`);
+    row.insertCell().append(called);
+    if (/^(missed|answer|end)$/.test(note)) row.lastChild.append(` ${say(note)}`);
+    if (find('tbody').rows.length > MAX_ROWS) find('tbody').deleteRow(-1);
+    find('#empty').hidden = true;
+    find('table').hidden = false;
+    return window.innerWidth > 700; // on a phone the popup would cover the list
+  }
+
+  PopupNotifier.connect({ exten, onStatus, onCall });
+</script>
+"""
+
+
+def status_page_policy(page: str) -> str:
+    """Return the Content-Security-Policy that admits the page's own script and style alone."""
+
+    def hashes(tag: str) -> str:
+        texts = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()) for text in texts]
+        return " ".join(f"'sha256-{digest.decode()}'" for digest in digests)
+
+    return (
+        f"default-src 'none'; script-src 'self' {hashes('script')}; style-src {hashes('style')}; "
+        "connect-src 'self' ws: wss:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    )
+
+
+# --- 13. Command line --------------------------------------------------------------------------
 
 STDERR = 2
 ANY_PAGE = "any web page that is open there can listen, for CRMWS_ORIGINS is empty"
+MAX_FILES = 1 << 20  # open files we ask for at most: some systems have no limit but want one
 BASE_FILES = 16  # descriptors for ourselves: listener, selectors, wakers, log, a file read
 JOURNAL_PRIORITIES = {
     logging.DEBUG: 7,

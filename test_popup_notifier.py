@@ -16,6 +16,7 @@ import ctypes
 import io
 import itertools
 import json
+import math
 import os
 import queue
 import random
@@ -1114,7 +1115,28 @@ class TestLog(unittest.TestCase):
             self.assertLess(daemon.status("VmHWM") - before, 10 * 1024)  # they ask for 120 MB
 
 
-# --- 5. Hub ------------------------------------------------------------------------------------
+# --- 5. Event loop -----------------------------------------------------------------------------
+
+
+class TestDeadlineQueue(unittest.TestCase):
+    """Who is due when."""
+
+    def test_the_first_due_comes_first(self) -> None:
+        queue: popup_notifier.DeadlineQueue[str] = popup_notifier.DeadlineQueue(10)
+        for now, item in enumerate("abcd"):
+            queue.add(item, now)
+        queue.add("a", 5)  # anew
+        queue.discard("c")
+        self.assertEqual((len(queue), queue.first(), queue.next_deadline()), (3, "b", 11))
+        self.assertEqual(list(queue.expired(13)), ["b", "d"])
+        self.assertEqual(list(queue.expired(14)), [])
+        queue.change_timeout(1, 9)
+        self.assertEqual(queue.next_deadline(), 10)
+        self.assertEqual(list(queue.expired(10)), ["a"])
+        self.assertEqual(queue.next_deadline(), math.inf)
+
+
+# --- 6. Hub ------------------------------------------------------------------------------------
 
 
 class TestHub(unittest.TestCase):
@@ -1479,7 +1501,7 @@ def reset(sock: socket.socket) -> None:
     sock.close()
 
 
-# --- 6. HTTP -----------------------------------------------------------------------------------
+# --- 7. HTTP -----------------------------------------------------------------------------------
 
 # (what it is, head without the empty line, status or None when it is a request)
 HEADS: list[tuple[str, bytes, int | None]] = [
@@ -1867,6 +1889,9 @@ class TestTrigger(unittest.TestCase):
         self.assertEqual((message["phone"], message["exten"]), ("0312345678", "201"))
 
 
+# --- 8. Server ---------------------------------------------------------------------------------
+
+
 class TestCrossSite(unittest.TestCase):
     """What a foreign page can have a browser send."""
 
@@ -1910,39 +1935,6 @@ class TestBrowserToken(unittest.TestCase):
                     self.assertEqual(found[1] if found else "", chosen)
             daemon.wait_for_log("401 token is not CRMWS_TOKEN")
             self.assertNotIn(token, "\n".join(daemon.lines))
-
-
-class TestMonitoring(unittest.TestCase):
-    """GET /healthz and GET /metrics."""
-
-    def test_health(self) -> None:
-        with Daemon() as daemon, daemon.browser():
-            answer = daemon.exchange(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n")
-            self.assertEqual((status_of(answer), answer[-14:]), (200, b"OK\n1 browsers\n"))
-
-    def test_metrics_count(self) -> None:
-        with Daemon() as daemon, daemon.browser() as browser, daemon.browser("?exten=9"):
-            daemon.trigger("&exten=201")
-            daemon.trigger("&exten=all")
-            daemon.trigger(token="wrong")
-            browser.phones(2)
-            daemon.wait_for_log("call ", 2)
-            answer = daemon.exchange(b"GET /metrics HTTP/1.1\r\nHost: h\r\n\r\n").decode()
-        for line in (
-            "browsers 2",
-            "calls_total 2",
-            "deliveries_total 3",
-            'refused_requests_total{status="401"} 1',
-            'dropped_browsers_total{reason="too slow"} 0',
-            "delivery_seconds_count 2",
-        ):
-            self.assertIn(f"\npopup_notifier_{line}\n", answer)
-
-    def test_only_for_those_who_may_trigger(self) -> None:
-        with Daemon() as daemon:
-            for path in ("/healthz", "/metrics"):
-                request = f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode()
-                self.assertEqual(status_of(daemon.exchange(request, source="127.0.0.2")), 403)
 
 
 class TestClientPort(unittest.TestCase):
@@ -2028,78 +2020,7 @@ class TestServer(unittest.TestCase):
             self.assertEqual(body, (HERE / "popup-sample.js").read_bytes())
 
 
-class TestResources(unittest.TestCase):
-    """GET / and GET /popup-sample.js."""
-
-    def get(
-        self, daemon: Daemon, path: str, head: str = "", **options: Any
-    ) -> tuple[int, str, bytes]:
-        request = f"GET {path} HTTP/1.1\r\nHost: pbx\r\n{head}\r\n".encode()
-        answer = daemon.exchange(request, **options)
-        fields, _, body = answer.partition(b"\r\n\r\n")
-        return status_of(answer), fields.decode(), body
-
-    def test_status_page(self) -> None:
-        with Daemon() as daemon:
-            status, head, body = self.get(daemon, "/")
-        self.assertEqual(status, 200)
-        self.assertIn("\r\nContent-Type: text/html; charset=utf-8", head)
-        self.assertIn("\r\nContent-Security-Policy: default-src 'none'; script-src 'self' ", head)
-        self.assertIn("\r\nX-Content-Type-Options: nosniff", head)
-        self.assertIn(b"<title>popup-notifier", body)
-        self.assertNotIn("unsafe-inline", head)
-
-    def test_script(self) -> None:
-        with Daemon() as daemon:
-            status, head, body = self.get(daemon, "/popup-sample.js")
-            self.assertEqual((status, body), (200, (HERE / "popup-sample.js").read_bytes()))
-            self.assertIn("\r\nContent-Type: text/javascript; charset=utf-8", head)
-            self.assertIn("\r\nCache-Control: no-cache", head)
-            matched = re.search(r"\r\nETag: (\S+)", head)
-            assert matched is not None
-            again = self.get(daemon, "/popup-sample.js", f"If-None-Match: {matched[1]}\r\n")
-            self.assertEqual((again[0], again[2]), (304, b""))
-
-    def test_head_is_get_without_the_body(self) -> None:
-        with Daemon() as daemon:
-            for path in ("/", "/popup-sample.js", "/healthz"):
-                with self.subTest(path):
-                    _, head, body = self.get(daemon, path)
-                    request = f"HEAD {path} HTTP/1.1\r\nHost: pbx\r\n\r\n".encode()
-                    answer = daemon.exchange(request).decode()
-                    plain = re.compile(r"Date: .*")
-                    self.assertEqual(plain.sub("", answer), plain.sub("", f"{head}\r\n\r\n"))
-                    self.assertIn(f"Content-Length: {len(body)}\r\n", answer)
-            for path, allowed in (("/crmws", "GET"), ("/api/trigger", "POST")):
-                request = f"HEAD {path} HTTP/1.1\r\nHost: pbx\r\n\r\n".encode()
-                refusal = daemon.exchange(request)
-                self.assertEqual((status_of(refusal), refusal[-4:]), (405, b"\r\n\r\n"))
-                self.assertIn(f"\r\nAllow: {allowed}\r\n".encode(), refusal)
-
-    def test_script_that_is_nowhere(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            copy = shutil.copy(PROGRAM, Path(folder, "popup-notifier"))
-            with Daemon(program=copy) as daemon:
-                status, _, body = self.get(daemon, "/popup-sample.js")
-        self.assertEqual(status, 404)
-        self.assertIn(f"in none of the folders {folder} and /usr/local/share", body.decode())
-
-    def test_only_for_browsers(self) -> None:
-        with Daemon(CRMWS_ALLOW="127.0.0.2") as daemon:
-            for path in ("/", "/popup-sample.js", "/crmws"):
-                with self.subTest(path):
-                    self.assertEqual(self.get(daemon, path)[0], 403)
-
-    def test_page_may_read_why_its_handshake_is_refused(self) -> None:
-        with Daemon(CRMWS_ALLOW="127.0.0.2") as daemon:
-            for source, status in (("127.0.0.1", 403), ("127.0.0.2", 426)):
-                answered, head, body = self.get(daemon, "/crmws?since=", source=source)
-                self.assertEqual(answered, status)
-                self.assertIn("\r\nAccess-Control-Allow-Origin: *", head)
-                self.assertEqual(len(body.decode().splitlines()), 1)
-
-
-# --- 7. TLS ------------------------------------------------------------------------------------
+# --- 9. TLS ------------------------------------------------------------------------------------
 
 
 class Certificates:
@@ -2292,7 +2213,7 @@ class TestTLS(unittest.TestCase):
             tab.wait_for("document.querySelector('tbody').textContent.includes('0312345678')")
 
 
-# --- 8. Redis ----------------------------------------------------------------------------------
+# --- 10. Redis ---------------------------------------------------------------------------------
 
 REDIS_PASSWORD = "p@ss/word:that#no?log may show"
 
@@ -3085,7 +3006,40 @@ def waiting_calls(daemon: Daemon) -> float:
     return redis_metrics(daemon)["redis_waiting_calls"]
 
 
-# --- 9. Supervision ----------------------------------------------------------------------------
+# --- 11. Monitoring ----------------------------------------------------------------------------
+
+
+class TestMonitoring(unittest.TestCase):
+    """GET /healthz and GET /metrics."""
+
+    def test_health(self) -> None:
+        with Daemon() as daemon, daemon.browser():
+            answer = daemon.exchange(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n")
+            self.assertEqual((status_of(answer), answer[-14:]), (200, b"OK\n1 browsers\n"))
+
+    def test_metrics_count(self) -> None:
+        with Daemon() as daemon, daemon.browser() as browser, daemon.browser("?exten=9"):
+            daemon.trigger("&exten=201")
+            daemon.trigger("&exten=all")
+            daemon.trigger(token="wrong")
+            browser.phones(2)
+            daemon.wait_for_log("call ", 2)
+            answer = daemon.exchange(b"GET /metrics HTTP/1.1\r\nHost: h\r\n\r\n").decode()
+        for line in (
+            "browsers 2",
+            "calls_total 2",
+            "deliveries_total 3",
+            'refused_requests_total{status="401"} 1',
+            'dropped_browsers_total{reason="too slow"} 0',
+            "delivery_seconds_count 2",
+        ):
+            self.assertIn(f"\npopup_notifier_{line}\n", answer)
+
+    def test_only_for_those_who_may_trigger(self) -> None:
+        with Daemon() as daemon:
+            for path in ("/healthz", "/metrics"):
+                request = f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode()
+                self.assertEqual(status_of(daemon.exchange(request, source="127.0.0.2")), 403)
 
 
 class TestServiceManager(unittest.TestCase):
@@ -3177,7 +3131,81 @@ class TestServiceManager(unittest.TestCase):
         return daemon.exchange(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n").decode()
 
 
-# --- 10. Command line --------------------------------------------------------------------------
+# --- 12. Status page ---------------------------------------------------------------------------
+
+
+class TestResources(unittest.TestCase):
+    """GET / and GET /popup-sample.js."""
+
+    def get(
+        self, daemon: Daemon, path: str, head: str = "", **options: Any
+    ) -> tuple[int, str, bytes]:
+        request = f"GET {path} HTTP/1.1\r\nHost: pbx\r\n{head}\r\n".encode()
+        answer = daemon.exchange(request, **options)
+        fields, _, body = answer.partition(b"\r\n\r\n")
+        return status_of(answer), fields.decode(), body
+
+    def test_status_page(self) -> None:
+        with Daemon() as daemon:
+            status, head, body = self.get(daemon, "/")
+        self.assertEqual(status, 200)
+        self.assertIn("\r\nContent-Type: text/html; charset=utf-8", head)
+        self.assertIn("\r\nContent-Security-Policy: default-src 'none'; script-src 'self' ", head)
+        self.assertIn("\r\nX-Content-Type-Options: nosniff", head)
+        self.assertIn(b"<title>popup-notifier", body)
+        self.assertNotIn("unsafe-inline", head)
+
+    def test_script(self) -> None:
+        with Daemon() as daemon:
+            status, head, body = self.get(daemon, "/popup-sample.js")
+            self.assertEqual((status, body), (200, (HERE / "popup-sample.js").read_bytes()))
+            self.assertIn("\r\nContent-Type: text/javascript; charset=utf-8", head)
+            self.assertIn("\r\nCache-Control: no-cache", head)
+            matched = re.search(r"\r\nETag: (\S+)", head)
+            assert matched is not None
+            again = self.get(daemon, "/popup-sample.js", f"If-None-Match: {matched[1]}\r\n")
+            self.assertEqual((again[0], again[2]), (304, b""))
+
+    def test_head_is_get_without_the_body(self) -> None:
+        with Daemon() as daemon:
+            for path in ("/", "/popup-sample.js", "/healthz"):
+                with self.subTest(path):
+                    _, head, body = self.get(daemon, path)
+                    request = f"HEAD {path} HTTP/1.1\r\nHost: pbx\r\n\r\n".encode()
+                    answer = daemon.exchange(request).decode()
+                    plain = re.compile(r"Date: .*")
+                    self.assertEqual(plain.sub("", answer), plain.sub("", f"{head}\r\n\r\n"))
+                    self.assertIn(f"Content-Length: {len(body)}\r\n", answer)
+            for path, allowed in (("/crmws", "GET"), ("/api/trigger", "POST")):
+                request = f"HEAD {path} HTTP/1.1\r\nHost: pbx\r\n\r\n".encode()
+                refusal = daemon.exchange(request)
+                self.assertEqual((status_of(refusal), refusal[-4:]), (405, b"\r\n\r\n"))
+                self.assertIn(f"\r\nAllow: {allowed}\r\n".encode(), refusal)
+
+    def test_script_that_is_nowhere(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = shutil.copy(PROGRAM, Path(folder, "popup-notifier"))
+            with Daemon(program=copy) as daemon:
+                status, _, body = self.get(daemon, "/popup-sample.js")
+        self.assertEqual(status, 404)
+        self.assertIn(f"in none of the folders {folder} and /usr/local/share", body.decode())
+
+    def test_only_for_browsers(self) -> None:
+        with Daemon(CRMWS_ALLOW="127.0.0.2") as daemon:
+            for path in ("/", "/popup-sample.js", "/crmws"):
+                with self.subTest(path):
+                    self.assertEqual(self.get(daemon, path)[0], 403)
+
+    def test_page_may_read_why_its_handshake_is_refused(self) -> None:
+        with Daemon(CRMWS_ALLOW="127.0.0.2") as daemon:
+            for source, status in (("127.0.0.1", 403), ("127.0.0.2", 426)):
+                answered, head, body = self.get(daemon, "/crmws?since=", source=source)
+                self.assertEqual(answered, status)
+                self.assertIn("\r\nAccess-Control-Allow-Origin: *", head)
+                self.assertEqual(len(body.decode().splitlines()), 1)
+
+
+# --- 13. Command line --------------------------------------------------------------------------
 
 
 class TestCommandLine(unittest.TestCase):
@@ -5395,7 +5423,7 @@ class TestFiles(unittest.TestCase):
 
     def test_sections_are_the_same_in_both_files(self) -> None:
         def sections(path: Path) -> list[str]:
-            return re.findall(r"^# --- (\d\. [^-]+) -+$", path.read_text(), re.MULTILINE)
+            return re.findall(r"^# --- (\d+\. [^-]+) -+$", path.read_text(), re.MULTILINE)
 
         self.assertEqual(sections(Path(__file__)), sections(PROGRAM))
 
