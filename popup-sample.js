@@ -9,19 +9,23 @@
  * data-target     where it opens: "_self", or a window's name; a new tab without it
  * data-lookup     asks the CRM who it is: "/customers?tel={phone}" gives JSON {name, open, note}
  * data-create     link for a number that the CRM does not know: "/customers/new?tel={phone}"
- * data-alert      more than the card, for an agent who looks elsewhere: "title sound notification"
+ * data-alert      more than the card, until the agent chooses: any of "title sound notification"
  * data-normalise  how {phone} begins there: "0" makes 0312345678 of +81312345678, "+81" the reverse
  * data-url        the daemon, if this script comes from elsewhere: "wss://pbx.example/crmws"
  * data-token      browser token, if the daemon wants one (never SECRET_TOKEN: every reader sees it)
- * data-manual     wait for the page's own code, which may give the same options and two functions:
+ * data-manual     wait for the page's own code, which may give the same options and these:
  *
- *   const n = PopupNotifier.connect({ exten: '201', onCall: (call) => {}, onStatus: (status) => {} });
+ *   const n = PopupNotifier.connect({ exten: '201', onCall(call) {}, onStatus(status) {}, draw(calls) {} });
  *
- * onCall gets every event of a call, in every tab: { phone, exten, name, event, time, mine, missed, ... };
- * it may return false (no card), or { name, open, note }, or a promise of either. onStatus gets
- * { state: 'connecting' or 'open', reason, text }; if it returns false, the page shows none of it.
- * n.calls: what is known; n.exten = '202'; n.askPermission(), on a click: desktop notifications;
- * n.close() takes everything away. Options may also stand in the address: popup-sample.js?exten=201&manual
+ * onCall    gets every event of a call, in every tab: { phone, exten, name, event, time, mine, missed, ... };
+ *           it may return false (no card), or { name, open, note }, or a promise of either
+ * onStatus  gets { state: 'connecting' or 'open', reason, text }; if it returns false, the page shows none of it
+ * draw      gets n.calls, at every change and every second, and draws them in place of the cards
+ * history   true: begins with the calls that the daemon remembers, not with the next one
+ *
+ * n.calls: all calls as plain data, see render(); n.exten = '202'; n.alert = 'title sound'; n.askPermission(),
+ * on a click: desktop notifications; n.close() takes everything away. Options may also stand in the address:
+ * popup-sample.js?exten=201&manual
  */
 (() => {
   'use strict';
@@ -39,7 +43,7 @@
   const LATE = 30000;             // ms: a call that is older than this on arrival never does
   const OVERTAKING = 3000;        // ms: a ring this soon after an answer or an end was sent before it
   const ENDED = 20000;            // ms that a card stays once its call has ended
-  const FORGOTTEN = 43200000;     // ms after which a call is not carried over to the next page
+  const FORGOTTEN = 43200000;     // ms without news after which a call is not known any more
   const CLAIM_LIFE = 600000;      // ms that a tab keeps a call from the others, which may hear of it late
   const REPEAT = 3000;            // ms: the same for a call without a key, which may well come again
   const OWNER_FIRST = 200;        // ms that other tabs leave to the one that already shows the call
@@ -49,14 +53,13 @@
   const MAX_CARDS = 5;
   const WITHHELD = /^(anonymous|private|unknown|unavailable|restricted|withheld|非通知)?$/i;
   const WORDS = {
-    ringing: ['Incoming call', '着信'], rang: ['Rang', '着信あり'], talking: ['On the phone', '通話中'],
-    missed: ['Missed call', '不在着信'], ended: ['Call ended', '終了'],
-    exten: ['ext.', '内線'], answered: ['answered by', '応答'], times: ['times', '回目'],
-    withheld: ['withheld', '非通知'], link: ['Open', '開く'], dismiss: ['Close', '閉じる'],
-    create: ['Add to the CRM', '登録する'], stranger: ['not in the CRM', '登録なし'],
-    failed: ['the CRM does not answer', '照会できません'],
-    ask: ['My extension', '自分の内線'], save: ['OK', '設定'],
-    allow: ['Desktop notifications', 'デスクトップ通知を許可'],
+    ringing: ['Incoming call', '着信'], talking: ['On the phone', '通話中'], missed: ['Missed call', '不在着信'],
+    rang: ['Rang', '着信あり'], ended: ['Call ended', '終了'], elsewhere: ['Taken by', '他で応答'],
+    exten: ['ext.', '内線'], answered: ['answered by', '応答'], times: [' times', '回目'],
+    withheld: ['withheld', '非通知'], link: ['Open', '開く'], create: ['Add to the CRM', '登録する'],
+    stranger: ['not in the CRM', '登録なし'], failed: ['the CRM does not answer', '照会できません'],
+    dismiss: ['Close', '閉じる'], save: ['OK', '設定'], ask: ['My extension', '自分の内線'],
+    sound: ['Sound', '着信音'], notification: ['Desktop notifications', 'デスクトップ通知'],
     open: ['Connected', '接続中'], since: ['Offline since', '切断'],
     connecting: ['Not connected, trying again', '接続が切れています。再接続します'],
     gap: ['Connected; calls may be missing', '接続中 (受け取れなかった着信があるかもしれません)'],
@@ -74,8 +77,7 @@
   const script = document.currentScript;
   const scriptOptions = { ...Object.fromEntries(new URL(script.src).searchParams), ...script.dataset };
   const language = () => document.documentElement.lang || navigator.language;
-  const isJapanese = () => /^ja\b/i.test(language());
-  const say = (key) => WORDS[key][isJapanese() ? 1 : 0];
+  const say = (key) => WORDS[key][/^ja\b/i.test(language()) ? 1 : 0];
   const clock = (time) => new Date(time).toTimeString().slice(0, 5);
   const splitList = (text) => String(text || '').toLowerCase().split(/[\s,]+/).filter(Boolean);
   const joinWords = (...words) => words.filter(Boolean).join(' ');
@@ -95,7 +97,8 @@
   // Each attempt asks address() where to, if anywhere; receive() gets every message, report() every change of
   // state, until `ending` is aborted.
   function keepConnected(address, receive, report, ending) {
-    let socket, timer, url;
+    let socket = null;
+    let timer, url;
     let openedAt;     // 0: not yet
     let heardAt;      // the time of the last message
     let patience;     // ms of silence that mean a dead connection
@@ -106,7 +109,7 @@
     function open() {
       drop();
       url = address();
-      if (!url || ending.signal.aborted) return;
+      if (!url) return;
       openedAt = 0;
       heardAt = Date.now();
       patience = CONNECT_TIMEOUT;
@@ -146,33 +149,29 @@
     }
     async function explain() {
       const found = obstacle || await findCause(url);
-      if (openedAt || found.reason === cause.reason || ending.signal.aborted) return;
+      if (openedAt || found.reason === cause.reason) return;
       cause = found;
-      report('connecting', cause, true);
+      report('connecting', cause);
     }
     // After a sleep readyState says OPEN for a long time; the age of the last message tells the truth.
     function check() {
       if (socket && Date.now() - heardAt > patience) onclose();
     }
-    // Somebody is looking at the page again, or the network has changed.
-    function wake({ type }) {
+    // Somebody is looking at the page again.
+    function wake() {
       check();
-      if (type === 'online' || (!socket && !document.hidden)) open();
-    }
-    function restart() {
-      drop();
-      timer = setTimeout(open, 0); // not at once: the page has no `n` yet
+      if (!socket && !document.hidden) open();
     }
     function onViolation({ effectiveDirective, blockedURI }) {
       if (!url || !/^(wss?|https?):/.test(blockedURI) || !blockedURI.includes(url.host)) return;
       obstacle = { reason: 'policy', text: `${say('policy')}: ${effectiveDirective} ${url.origin}` };
     }
-    window.addEventListener('online', wake, ending);
-    window.addEventListener('pageshow', wake, ending);
+    window.addEventListener('online', open, ending); // the network has changed
     window.addEventListener('pagehide', drop, ending); // a page that may come back holds no connection
     document.addEventListener('visibilitychange', wake, ending);
     document.addEventListener('securitypolicyviolation', onViolation, ending);
-    return { restart, check, drop };
+    ending.signal.addEventListener('abort', drop);
+    return { open, check, wake };
   }
 
   // The browser hides why a handshake was refused; the daemon's answer to a plain GET tells.
@@ -195,9 +194,8 @@
   // --- 3. The life of a call ------------------------------------------------
   // What is known of a call are facts: who rang, who answered, the end, each with its time. They add up to
   // the same state in whatever order they come, and however often. Nothing here reads the page or the clock.
-  const KINDS = ['ringing', 'talking', 'missed', 'rang', 'ended']; // the last go first when there is no room
   const newCall = (id, isNamed) => ({
-    id, isNamed, phone: '', name: '', times: 1, details: {},
+    id, isNamed, phone: '', name: '', details: {},
     began: Infinity, seen: 0, ended: 0, // when: its first event, its last, and its end
     rings: {}, answers: {},             // when: the last one of each extension
   });
@@ -211,29 +209,49 @@
   }
   const concerns = (mine, exten) => !mine.length || exten === 'all' || mine.includes(exten);
 
-  // Returns { kind, since, extens }; the kind is one of KINDS, or 'gone' where nothing is to be shown.
-  function stateOf(call, mine, now) {
+  // The first that holds is the state. The most important come first, should there be no room for all cards.
+  const STATES = [
+    // kind, when it holds, since when, the extensions that it names, ms that its card stays
+    ['ringing', (is) => is.ringing && is.fresh, 'rangAt', 'called', Infinity],
+    ['talking', (is) => is.here && !is.ended && !is.ringing, 'answeredAt', 'holders', Infinity],
+    ['missed', (is) => is.rangAt && is.ended && !is.answeredAt && !is.ringing, 'rangAt', 'called', Infinity],
+    ['rang', (is) => is.ringing, 'rangAt', 'called', Infinity],
+    ['ended', (is) => is.here, 'ended', 'holders', ENDED],
+    ['elsewhere', (is) => is.rangAt, 'answeredAt', 'holders', 0],
+    ['foreign', () => true, 'seen', 'called', 0], // it never concerned me
+  ];
+  const KINDS = STATES.map(([kind]) => kind);
+  function stateOf({ rings, answers, ended, seen, isLate }, mine, now) {
     const isMine = (exten) => concerns(mine, exten);
-    const rang = Object.keys(call.rings);
-    const rangAt = Math.max(0, ...rang.filter(isMine).map((exten) => call.rings[exten]));
-    const answeredAt = Math.max(0, ...Object.values(call.answers));
-    const holders = Object.keys(call.answers).filter((exten) => call.answers[exten] === answeredAt);
-    const isHere = holders.some(isMine);
-    const settledAt = Math.max(answeredAt, call.ended);
-    if (rangAt && (!settledAt || rangAt - settledAt >= OVERTAKING)) {
-      const isRinging = now - rangAt < RINGING && !call.isLate;
-      return { kind: isRinging ? 'ringing' : 'rang', since: rangAt, extens: rang };
-    }
-    if (rangAt && call.ended && !answeredAt) return { kind: 'missed', since: rangAt, extens: rang };
-    if (isHere && !call.ended) return { kind: 'talking', since: answeredAt, extens: holders };
-    const isNew = now - call.ended < ENDED;
-    if (isHere && isNew && mine.length) return { kind: 'ended', since: call.ended, extens: holders };
-    return { kind: 'gone', since: 0, extens: [] };
+    const called = Object.keys(rings);
+    const rangAt = Math.max(0, ...called.filter(isMine).map((exten) => rings[exten]));
+    const answeredAt = Math.max(0, ...Object.values(answers));
+    const holders = Object.keys(answers).filter((exten) => answers[exten] === answeredAt);
+    const settledAt = Math.max(answeredAt, ended);
+    const ringing = rangAt && (!settledAt || rangAt - settledAt >= OVERTAKING);
+    const fresh = now - rangAt < RINGING && !isLate;
+    const is = { rangAt, called, answeredAt, holders, ended, seen, ringing, fresh, here: holders.some(isMine) };
+    const [kind, , since, extens, stays] = STATES.find(([, holds]) => holds(is));
+    const isOver = kind === 'ended' && !mine.length; // who watches all calls need not see them end
+    return {
+      kind, since: is[since], hasCard: !isOver && now - is[since] < stays,
+      extens: is[extens].filter((exten) => exten !== 'all'),
+    };
   }
-  // The same caller again is the same card, unless the first call is still on somebody's phone.
-  function isRepetition(call, other, { kind }) {
-    const isOver = ['rang', 'missed', 'ended'].includes(kind) || (kind === 'ringing' && !other.isNamed);
-    return isOver && other !== call && other.phone === call.phone && !WITHHELD.test(call.phone);
+  // Whether a call gives way to a later one of the same caller, who then has one card.
+  function isRepeated(call, later) {
+    const { kind } = call.state;
+    const isOver = ['missed', 'rang', 'ended'].includes(kind) || (kind === 'ringing' && !call.isNamed);
+    const isOlder = call !== later && call.seen <= later.seen;
+    return isOver && isOlder && call.phone === later.phone && !WITHHELD.test(call.phone);
+  }
+  // Returns the calls that have a card; both are sorted, the latest first.
+  function pickCards(calls) {
+    const isRepeat = (call, index) => calls.slice(0, index).some((later) => isRepeated(call, later));
+    const picked = calls.filter((call, index) => call.state.hasCard && !isRepeat(call, index));
+    const rank = ({ state }) => KINDS.indexOf(state.kind);
+    const first = [...picked].sort((a, b) => rank(a) - rank(b)).slice(0, MAX_CARDS);
+    return picked.filter((call) => first.includes(call));
   }
 
   // --- 4. Dispatch ----------------------------------------------------------
@@ -243,52 +261,48 @@
     const isAsking = options.exten === 'ask';
     const daemon = new URL(options.url || '/crmws', script.src);
     const memory = `popup-notifier ${daemon}`;
-    const calls = new Map(); // by id, the latest last
+    const calls = new Map(); // by id
     const keys = new Set();  // of the messages that came
-    const cards = new Map(); // by the call's id
-    const corner = element('div', { class: 'corner', lang: language() });
-    const alertAgent = makeAlerts(options);
+    const panel = stack.appendChild(element('div', { class: 'panel', lang: language() }));
+    const alertAgent = makeAlerts();
     const ending = new AbortController();
     let mine = [];
+    let alerts = splitList(recall('localStorage', 'popup-notifier alert') ?? options.alert);
     let position = '';       // the last id of any message: all calls up to it have arrived
     let ahead = 0;           // ms that the server's clock is ahead of ours
-    let tellsEnds = false;   // this PBX says when a call is over
     let status = { state: 'connecting', since: Date.now(), isQuiet: true }; // until the page has had its say
-    let notice = '';         // what the agent is told about a lost connection
+    let drawing;             // the timer, if a drawing is due
 
     const now = () => Date.now() + ahead;
-    const currentState = (call) => stateOf(call, mine, now());
     function address() {
+      if (ending.signal.aborted) return null;
       if (isAsking && !mine.length) return null; // who has not answered is not shown everybody's calls
       const url = new URL(daemon);
       url.protocol = url.protocol.replace('http', 'ws');
       mine.forEach((exten) => url.searchParams.append('exten', exten));
       if (options.token) url.searchParams.set('token', options.token);
-      url.searchParams.set('since', position);
+      url.searchParams.set('since', position || (options.history ? '0-0' : ''));
       return url;
     }
-    function report(state, cause, isNews) {
+    function report(state, cause) {
+      if (ending.signal.aborted) return;
       const since = state === status.state ? status.since : Date.now();
       const answer = guard(options.onStatus, { state, reason: '', text: say(state), ...cause });
-      status = { state, since, isQuiet: answer === false };
-      // A PBX that was there may be gone for a while: that is not worth a notice.
-      const isUsual = position && cause.reason === 'unreachable';
-      if (status.isQuiet || state === 'open') notice = '';
-      else if (isNews) notice = isUsual ? '' : cause.text;
-      draw();
+      status = { state, since, isQuiet: answer === false, cause: cause.text };
+      change();
     }
-    function receive(message) {
-      const { type, id, key, time, complete } = message;
+    function receive({ type, id, key, time, complete, data }) {
+      const isGap = type === 'HELLO' && !complete && (position || !options.history);
       position = id || position;
       if (type !== 'CALL_IN' && time) ahead = time - Date.now();
-      if (type === 'HELLO' && !complete) report('open', { reason: 'gap', text: say('gap') });
+      if (isGap) report('open', { reason: 'gap', text: say('gap') });
       // A call may come again after an outage, also from another daemon: its key is the same.
-      if (type === 'CALL_IN' && !(key && keys.has(key))) take(message);
+      if (type === 'CALL_IN' && !(key && keys.has(key))) take(data, key, time || now());
       if (key) keys.add(key);
       if (keys.size > MAX_KEYS) keys.delete(keys.values().next().value);
     }
     // The Go daemon's calls have no key, no time, and their fields in `data` alone.
-    function take({ key, time = now(), data }) {
+    function take(data, key, time) {
       const { exten = 'all', event = 'ring', name = '', uniqueid } = data;
       const phone = (data.phone || '').trim();
       const id = uniqueid || (event !== 'ring' && unnamedCall(phone)) || key || `${phone} ${time}`;
@@ -296,11 +310,8 @@
       const isMine = splitList(exten).some((one) => concerns(mine, one));
       const call = calls.get(id) || newCall(id, Boolean(uniqueid));
       learn(call, { event, exten, phone, name, time, isLate });
-      tellsEnds = tellsEnds || event === 'end';
-      if (event === 'answer' && !tellsEnds) endOlder(call, splitList(exten), time);
-      calls.delete(id);
       calls.set(id, call);
-      if (calls.size > MAX_CALLS) calls.delete(calls.keys().next().value);
+      refresh();
       const answer = guard(options.onCall, {
         key, phone, exten, name, event, data, uniqueid: id, time: new Date(time), mine: isMine,
         missed: isLate && event === 'ring',
@@ -308,134 +319,136 @@
       });
       const wanted = isMine || answer !== false ? answer : null; // a call of others may yet become mine
       Promise.resolve(wanted).then((details) => enrich(call, details)).catch(complain);
-      const claimed = key ? [key, CLAIM_LIFE] : [`${phone} ${exten}`, REPEAT];
-      if (call.isOurs) claim(...claimed).catch(complain); // other tabs may hear only of this event
-      else if (wanted !== false) show(call, claimed, event === 'ring' ? 0 : OWNER_FIRST);
+      if (wanted !== false) show(call, event, key ? [key, CLAIM_LIFE] : [`${phone} ${exten}`, REPEAT]);
     }
     // An answer or end without uniqueid belongs to the last call of that caller.
     function unnamedCall(phone) {
-      const found = [...calls.values()].filter((call) => !call.isNamed && call.phone === phone);
-      return found.length && found.pop().id;
+      return refresh().find((call) => !call.isNamed && call.phone === phone)?.id;
     }
-    // Whoever answers the next call has ended the one before, if the PBX does not say so itself.
-    function endOlder(answered, extens, time) {
-      calls.forEach((call) => {
-        const { kind, since, extens: holders } = currentState(call);
-        const isSame = call !== answered && holders.some((exten) => extens.includes(exten));
-        if (kind === 'talking' && isSame && since < time) call.ended = time;
-      });
-    }
+    // Takes what onCall or the CRM says of a call.
     function enrich(call, details) {
       if (details === false) call.isHidden = true;
       ['name', 'open', 'note'].forEach((field) => {
         if (details && details[field]) call.details[field] = details[field];
       });
-      draw();
+      change();
     }
-    // Shows a call unless another tab does (the visible one waits least), in place of the same caller's last.
-    async function show(call, claimed, delay) {
-      if (call.isOurs !== undefined || call.isHidden || currentState(call).kind === 'gone') return;
-      call.isOurs = null; // not known yet
-      await sleep(delay + (document.hidden ? 300 : 0) + (document.hasFocus() ? 0 : 100 * Math.random()));
-      if (ending.signal.aborted) return;
-      call.isOurs = await claim(...claimed).catch(() => true); // storage is blocked: better twice than never
-      if (!call.isOurs || call.isHidden) return;
-      calls.forEach((other) => {
-        if (!other.isOurs || !isRepetition(call, other, currentState(other))) return;
-        call.times += other.times;
-        call.details = { ...other.details, ...call.details };
-        calls.delete(other.id);
-      });
-      draw();
+    // Shows a call unless another tab does; the one that is looked at waits least.
+    async function show(call, event, claimed) {
+      if (call.isOurs === false || (!call.isOurs && !call.state.hasCard)) return;
+      const isTrying = call.isOurs === undefined;
+      if (isTrying) call.isOurs = null;
+      const patience = (document.hidden ? 300 : 0) + (document.hasFocus() ? 0 : 100 * Math.random());
+      if (isTrying) await sleep(patience + (event === 'ring' ? 0 : OWNER_FIRST));
+      // Claimed again with each event: other tabs may hear only of this one.
+      const isFree = await claim(...claimed).catch(() => true); // storage is blocked: better twice than never
+      if (isTrying) call.isOurs = isFree;
+      change();
     }
     // Asks the CRM who it is; again on the next page, if this one is left before the answer.
     async function lookUp(call) {
-      if (!options.lookup || call.isAsked || WITHHELD.test(call.phone)) return;
-      call.isAsked = true;
+      if (!options.lookup || call.lookup || WITHHELD.test(call.phone)) return;
+      call.lookup = 'asked';
       try {
         const url = new URL(fillIn(options.lookup, call, options), document.baseURI);
         const answer = await fetch(url, { signal: AbortSignal.timeout(ANSWER_TIMEOUT) });
         if (!answer.ok && answer.status !== 404) throw new Error(`${url} answers ${answer.status}`);
         const text = answer.ok ? await answer.text() : '';
         const found = (text && JSON.parse(text)) || {};
-        call.isStranger = !(found.name || found.open || found.note);
+        call.lookup = found.name || found.open || found.note ? 'known' : 'stranger';
         enrich(call, { ...found, ...call.details });
       } catch (error) {
-        call.hasFailed = true;
+        call.lookup = 'failed';
         complain(error);
-        draw();
+        change();
       }
     }
-    // Brings the page up to date with what is known.
-    function draw() {
-      if (ending.signal.aborted) return;
-      const views = [...calls.values()].sort((a, b) => a.seen - b.seen)
-        .filter((call) => call.isOurs && !call.isHidden && currentState(call).kind !== 'gone')
-        .map((call) => render(call, currentState(call), options, mine));
-      const ranked = [...views].reverse().sort((a, b) => KINDS.indexOf(a.kind) - KINDS.indexOf(b.kind));
-      const shown = views.filter((view) => ranked.indexOf(view) < MAX_CARDS);
-      const notices = notice ? [{ id: 'notice', kind: 'notice', head: notice }] : [];
-      showCards(cards, [...shown, ...notices], closeCard);
-      showMark(corner, { ...status, isAsking, extens: mine, setExten });
-      shown.forEach(({ id }) => lookUp(calls.get(id)));
-      guard(alertAgent, shown.filter(({ kind }) => kind === 'ringing'));
+    // Brings the state of each call up to date; returns them, the latest first.
+    function refresh() {
+      const times = new Map(); // how often each caller has called
+      const sorted = [...calls.values()].sort((a, b) => a.seen - b.seen);
+      sorted.forEach((call, index) => {
+        if (now() - call.seen > FORGOTTEN || index < sorted.length - MAX_CALLS) calls.delete(call.id);
+        if (call.isOurs) times.set(call.phone, (times.get(call.phone) || 0) + 1);
+        call.times = times.get(call.phone) || 1;
+        call.state = stateOf(call, mine, now());
+      });
+      return sorted.reverse();
     }
-    function closeCard(id) {
-      if (id === 'notice') notice = '';
-      else calls.get(id).isHidden = true;
+    const renderAll = () => refresh().filter(({ state }) => state.kind !== 'foreign')
+      .map((call) => render(call, options, mine)).reverse();
+    function draw() {
+      drawing = clearTimeout(drawing);
+      if (ending.signal.aborted) return;
+      const picked = pickCards(refresh().filter(({ isOurs, isHidden }) => isOurs && !isHidden));
+      picked.forEach(lookUp);
+      const views = picked.map((call) => render(call, options, mine));
+      if (options.draw) guard(options.draw, renderAll());
+      showCards(panel, options.draw ? [] : views, close);
+      showMark(panel, { ...status, isAsking, extens: mine, alerts, setExten, setAlerts });
+      guard(alertAgent, views.filter(({ state }) => state === 'ringing'), alerts);
+    }
+    // A thousand calls that were missed are drawn once.
+    function change() {
+      drawing = drawing || setTimeout(draw);
+    }
+    function close(id) {
+      const closed = calls.get(id);
+      calls.forEach((call) => { call.isHidden ||= call === closed || isRepeated(call, closed); });
       draw();
     }
     function setExten(text) {
       const isGiven = text !== 'ask';
       if (isGiven && isAsking) remember('localStorage', 'popup-notifier exten', text);
       mine = splitList(isGiven ? text : recall('localStorage', 'popup-notifier exten'));
-      connection.restart();
-      draw();
+      setTimeout(connection.open); // not at once: the page has no `n` yet
+      change();
+    }
+    function setAlerts(kinds) {
+      alerts = kinds;
+      remember('localStorage', 'popup-notifier alert', kinds.join(' '));
+      change();
     }
     function save() {
-      remember('sessionStorage', memory, { position, ahead, tellsEnds, calls: [...calls.values()] });
+      remember('sessionStorage', memory, { position, ahead, calls: [...calls.values()] });
     }
     // Takes over from the page before; or from the one after, when the agent comes back to this one.
     function restore() {
       const kept = recall('sessionStorage', memory);
       if (!kept) return;
-      ({ position, ahead = 0, tellsEnds } = kept);
+      ({ position, ahead } = kept);
       calls.clear();
-      kept.calls.filter((call) => now() - call.seen < FORGOTTEN).forEach((call) => {
+      kept.calls.forEach((call) => {
         if (call.isOurs === null) call.isOurs = true; // left amid its claim: better twice than never
-        Object.assign(call, { isAsked: call.isStranger !== undefined, hasFailed: false });
+        if (call.lookup === 'asked' || call.lookup === 'failed') delete call.lookup;
         calls.set(call.id, call);
       });
     }
+    async function comeBack({ persisted }) {
+      if (persisted) await sleep(300); // Chrome shows this page before it hides the other
+      if (persisted) restore();
+      connection.wake();
+    }
 
     window.addEventListener('pagehide', save, ending);
-    window.addEventListener('pageshow', ({ persisted }) => {
-      if (persisted) setTimeout(restore, 300); // Chrome shows this page before it hides the other
-    }, ending);
+    window.addEventListener('pageshow', comeBack, ending);
     const connection = keepConnected(address, receive, report, ending);
     const ticker = setInterval(() => { connection.check(); draw(); }, 1000);
-    stack.prepend(corner);
     restore();
     setExten(options.exten);
     return {
       get exten() { return mine.join(','); },
       set exten(text) { setExten(String(text)); },
-      get calls() {
-        return [...calls.values()].map((call) => {
-          const { kind, since, extens } = currentState(call);
-          const { id: uniqueid, phone, name } = call;
-          return { uniqueid, phone, name, state: kind, since: new Date(since), exten: extens.join(',') };
-        });
-      },
+      get alert() { return alerts.join(' '); },
+      set alert(text) { setAlerts(splitList(text)); },
+      get calls() { return renderAll(); },
       askPermission: async () => Notification.requestPermission(),
       close() {
         ending.abort();
-        connection.drop();
         clearInterval(ticker);
         remember('sessionStorage', memory, null);
-        showCards(cards, [], closeCard);
-        corner.remove();
-        guard(alertAgent, []);
+        panel.remove();
+        guard(alertAgent, [], []);
       },
     };
   }
@@ -447,39 +460,40 @@
       request.onsuccess = () => resolve(request.result);
       request.onerror = () => reject(request.error);
     });
-    const opening = indexedDB.open('popup-notifier');
+    const opening = indexedDB.open('popup-notifier claims');
     opening.onupgradeneeded = () => opening.result.createObjectStore('claims');
     const database = await done(opening);
     const claims = database.transaction('claims', 'readwrite').objectStore('claims');
     database.close(); // when the transaction is over
-    const names = await done(claims.getAllKeys());
-    const times = await done(claims.getAll());
-    const age = (index) => Date.now() - times[index];
-    names.filter((_, index) => age(index) > CLAIM_LIFE).forEach((old) => claims.delete(old));
-    const isTaken = age(names.indexOf(name)) < life;
-    if (!isTaken) await done(claims.put(Date.now(), name));
-    return !isTaken;
+    const times = await done(claims.get('times')) || new Map(); // of each claim
+    const age = (one) => Date.now() - times.get(one);
+    if (age(name) < life) return false;
+    [...times.keys()].filter((one) => age(one) > CLAIM_LIFE).forEach((one) => times.delete(one));
+    await done(claims.put(times.set(name, Date.now()), 'times'));
+    return true;
   }
 
   // --- 5. Cards -------------------------------------------------------------
   // What the agent sees: the cards, the newest lowest, and below them the state of the connection.
 
-  // Turns a call into the plain data of its card.
-  function render(call, { kind, since, extens }, options, mine) {
+  // Turns a call into plain data, of which a card, a row of a table or a notification is drawn.
+  function render(call, options, mine) {
+    const { kind, since, extens } = call.state;
     const { name, note, open } = call.details;
     const isWithheld = WITHHELD.test(call.phone);
-    const number = isWithheld ? say('withheld') : call.phone;
-    const hint = (call.isStranger && say('stranger')) || (call.hasFailed && say('failed'));
-    const lines = [number, name || call.name].concat(note || hint || []);
-    const called = extens.filter((exten) => exten !== 'all').join(',');
-    const who = say(kind === 'talking' && !mine.length ? 'answered' : 'exten');
-    const whose = called && `${who} ${called}`;
-    const times = `${call.times}${isJapanese() ? '' : ' '}${say('times')}`;
-    const head = joinWords(whose, clock(since), call.times > 1 && times);
-    const links = [{ word: 'link', href: open || (!isWithheld && fillIn(options.open, call, options)) }];
-    if (call.isStranger) links.unshift({ word: 'create', href: fillIn(options.create, call, options) });
-    const target = options.target || '_blank';
-    return { id: call.id, kind, title: say(kind), whose, head, lines, links, target };
+    const links = [['link', open || (!isWithheld && fillIn(options.open, call, options))]];
+    if (call.lookup === 'stranger') links.unshift(['create', fillIn(options.create, call, options)]);
+    const exten = extens.join(',');
+    const isTheirs = kind === 'elsewhere' || (kind === 'talking' && !mine.length);
+    return {
+      uniqueid: call.id, state: kind, title: say(kind), phone: call.phone,
+      began: new Date(call.began), since: new Date(since), ended: call.ended ? new Date(call.ended) : null,
+      exten, whose: exten && `${say(isTheirs ? 'answered' : 'exten')} ${exten}`,
+      number: isWithheld ? say('withheld') : call.phone, times: isWithheld ? 1 : call.times,
+      name: name || call.name, note: note || (call.lookup in WORDS ? say(call.lookup) : ''),
+      links: links.filter(([, href]) => isWebAddress(href)).map(([word, href]) => ({ text: say(word), href })),
+      target: options.target || '_blank',
+    };
   }
 
   // +81312345678 and 0312345678 are one number, but a CRM may know only one of them.
@@ -493,30 +507,29 @@
   const STYLE = `
     :host { all: initial !important }
     section { position: fixed; inset: auto 0 0 auto; z-index: 2147483647; box-sizing: border-box;
-      width: min(380px, 100vw); max-height: 100vh; padding: 12px 16px; overflow: auto; display: flex;
-      flex-direction: column-reverse; gap: 10px; pointer-events: none; font: 15px/1.45 system-ui }
-    article, form { --line: #1a7f37; position: relative; flex: none; padding: 12px 48px 12px 16px;
-      border: 1px solid #8886; border-left: 5px solid var(--line); border-radius: 8px; background: #fff;
-      color: #1f2328; box-shadow: 0 6px 24px #0004; overflow-wrap: anywhere; pointer-events: auto }
-    .talking { --line: #0969da } .missed, .notice { --line: #cf222e }
-    .rang { --line: #9a6700 } .ended { --line: #59636e }
+      width: min(380px, 100vw); max-height: 100vh; padding: 12px 16px; overflow: auto; pointer-events: none;
+      color: #1f2328; font: 15px/1.45 system-ui; --page: #fff; --ringing: #1a7f37; --talking: #0969da;
+      --missed: #cf222e; --rang: #9a6700; --ended: #59636e }
+    .panel, section { display: flex; flex-direction: column-reverse; gap: 10px }
+    article, form { position: relative; flex: none; padding: 12px 48px 12px 16px; border: 1px solid #8886;
+      border-radius: 8px; background: var(--page); box-shadow: 0 6px 24px #0004; pointer-events: auto }
+    article { border-left: 5px solid var(--line); overflow-wrap: anywhere }
+    .ringing { --line: var(--ringing) } .talking { --line: var(--talking) } .missed { --line: var(--missed) }
+    .rang { --line: var(--rang) } .ended { --line: var(--ended) }
     a, b { color: var(--line) } p { margin: 0; unicode-bidi: isolate } p:empty { display: none }
-    p:nth-of-type(2) { font-size: 1.5em; font-weight: 600 }
-    .ended p:nth-of-type(2), .rang p:nth-of-type(2) { font-size: 1.15em }
+    .number { font-size: 1.5em; font-weight: 600 }
+    .ended .number, .rang .number { font-size: 1.15em }
     a { display: inline-block; min-width: 44px; padding: 8px 14px 2px 0; font-weight: 600 }
-    button, input { min-height: 32px; border: 1px solid #8886; border-radius: 6px; background: none;
+    button, input { min-height: 32px; border: 1px solid; border-radius: 6px; background: none;
       color: inherit; font: inherit }
     article > button { position: absolute; top: 6px; right: 6px; width: 36px; height: 36px; border: 0;
       font-size: 20px; cursor: pointer }
-    .corner { display: contents }
     .mark { align-self: flex-end; min-height: 24px; padding: 2px 10px; border: 0; border-radius: 12px;
       background: #1f2328cc; color: #fff; font-size: 12px; pointer-events: auto; cursor: pointer }
     .mark::before { content: '●'; margin-right: 6px; color: #4ac26b } .connecting::before { color: #ff8182 }
     form, label { display: grid; gap: 8px } form { padding-right: 16px } input { padding: 4px 8px }
-    @media (prefers-color-scheme: dark) {
-      article, form { --line: #3fb950; background: #1c2128; color: #e6edf3 }
-      .talking { --line: #58a6ff } .missed, .notice { --line: #ff7b72 }
-      .rang { --line: #d29922 } .ended { --line: #9198a1 } }
+    @media (prefers-color-scheme: dark) { section { color: #e6edf3; --page: #1c2128; --ringing: #3fb950;
+      --talking: #58a6ff; --missed: #ff7b72; --rang: #d29922; --ended: #9198a1 } }
     @media print { section { display: none } }`;
 
   const host = element('popup-notifier', { popover: 'manual' });
@@ -527,6 +540,7 @@
   // Escape closes the card that has the focus, or the newest: but not behind a dialog that takes it, too.
   document.addEventListener('keydown', (event) => {
     if (event.key !== 'Escape' || event.isComposing || event.defaultPrevented) return;
+    root.activeElement?.closest('form')?.remove();
     const focused = root.activeElement?.closest('article');
     const isTaken = document.fullscreenElement || document.querySelector('dialog:modal');
     const card = focused || (!isTaken && stack.querySelector('article'));
@@ -543,103 +557,107 @@
   // The CRM, or the page's template, must not smuggle in javascript: and the like.
   const isWebAddress = (href) => href && /^https?:$/.test(element('a', { href }).protocol);
 
-  // The top layer belongs to what opened last: a dialog, a full screen, or these cards.
-  function surface() {
-    if (!host.isConnected) document.documentElement.append(host);
+  // The top layer belongs to what opened last: a dialog, a full screen, or these cards. A modal dialog leaves
+  // nothing outside of it that can be clicked: then they are inside.
+  let covering = null;
+  function surface(isNews) {
+    const home = [...document.querySelectorAll('dialog:modal')].pop() || document.documentElement;
+    if (!isNews && host.parentNode === home && covering === document.fullscreenElement) return;
+    covering = document.fullscreenElement;
+    if (host.parentNode !== home) home.append(host);
     try {
       host.hidePopover();
       host.showPopover();
     } catch (error) { /* an older browser: the z-index has to do */ }
   }
-  // Draws what has changed; the views are what render() returns, the newest last.
-  function showCards(cards, views, close) {
-    if (!host.isConnected) surface(); // the page may have replaced everything
-    cards.forEach((card, id) => {
-      if (views.some((view) => view.id === id)) return;
-      card.remove();
-      cards.delete(id);
+  // Draws the cards of a panel, the latest first; the views are what render() returns.
+  function showCards(panel, views, close) {
+    const old = [...panel.querySelectorAll('article')];
+    const texts = views.map((view) => JSON.stringify(view));
+    const cards = texts.map((text, index) => old.find((card) => card.text === text)
+      || Object.assign(makeCard(views[index], close), { text }));
+    const focused = root.activeElement; // whatever is replaced or moved loses the focus
+    old.filter((card) => !cards.includes(card)).forEach((card) => card.remove());
+    let place = panel.querySelector('article');
+    cards.forEach((card) => {
+      if (card === place) place = place.nextElementSibling;
+      else panel.insertBefore(card, place);
     });
-    views.forEach((view) => {
-      if (!cards.has(view.id)) cards.set(view.id, addCard(() => close(view.id)));
-      updateCard(cards.get(view.id), view);
-    });
-    const wanted = views.map(({ id }) => cards.get(id)).reverse();
-    const placed = [...stack.children].filter((card) => wanted.includes(card));
-    if (wanted.every((card, index) => card === placed[index])) return;
-    const focused = root.activeElement; // whatever is moved loses the focus
-    stack.append(...wanted);
-    focused?.focus();
+    surface(cards.some((card) => !old.includes(card)));
+    if (!focused || focused === root.activeElement) return;
+    const isSame = ({ textContent, parentNode }) => textContent === focused.textContent
+      && parentNode.id === focused.parentNode.id;
+    const heir = focused.isConnected ? focused : [...panel.querySelectorAll('a, button')].find(isSame);
+    heir?.focus();
   }
-  function addCard(close) {
-    const button = element('button', { 'aria-label': say('dismiss'), type: 'button' }, '×');
-    const card = element('article', { lang: language() }, element('div', {}), button);
-    button.onclick = close;
-    stack.insertBefore(card, stack.querySelector('article'));
-    surface();
-    return card;
-  }
-  function updateCard(card, view) {
-    const text = JSON.stringify(view);
-    if (card.text === text) return;
-    card.text = text;
-    const { kind, title, head, lines = [], links = [], target } = view;
-    const first = element('p', {}, title && element('b', {}, title), title && ' ', head);
+  function makeCard(view, close) {
+    const { uniqueid, state, title, whose, since, number, name, note, links, target } = view;
+    const times = view.times > 1 && `${view.times}${say('times')}`;
+    const head = element('p', {}, element('b', {}, title), ` ${joinWords(whose, clock(since), times)}`);
+    const lines = [head, element('p', { class: 'number' }, number), element('p', {}, name)];
+    if (note) lines.push(element('p', {}, note));
     const rel = target === '_blank' ? 'noopener' : ''; // with noopener a named window is never reused
-    const anchors = links.filter(({ href }) => isWebAddress(href))
-      .map(({ word, href }) => element('a', { href, target, rel }, say(word)));
-    const focused = card.contains(root.activeElement) && root.activeElement.textContent;
-    card.className = kind;
-    card.setAttribute('role', kind === 'ringing' ? 'alert' : 'status');
-    card.firstChild.replaceChildren(first, ...lines.map((line) => element('p', {}, line)), ...anchors);
-    anchors.filter((link) => link.textContent === focused).forEach((link) => link.focus());
+    const anchors = links.map(({ text, href }) => element('a', { href, target, rel }, text));
+    const button = element('button', { 'aria-label': say('dismiss'), type: 'button' }, '×');
+    button.onclick = () => close(uniqueid);
+    const role = state === 'ringing' ? 'alert' : 'status';
+    const attributes = { class: state, role, lang: language(), id: uniqueid };
+    return element('article', attributes, ...lines, ...anchors, button);
   }
 
-  // A small mark says whether we are connected; a click on it shows what can be set.
-  function showMark(corner, status) {
-    const { state, since, isQuiet, isAsking, extens } = status;
+  // A small mark says whether we are connected, and why not; a click on it shows what can be set.
+  function showMark(panel, status) {
+    const { state, since, isQuiet, isAsking, extens, cause } = status;
     const isMissing = isAsking && !extens.length;
-    if (isQuiet && !isMissing) return corner.replaceChildren();
-    const mark = corner.firstChild || corner.appendChild(element('button', { type: 'button' }));
-    const isShort = state !== 'open' && Date.now() - since < SHORT_GAP;
-    const text = state === 'open' ? say('open') : `${say('since')} ${clock(since)}`;
+    const old = panel.querySelector('.mark');
+    if (isQuiet && !isMissing) return old?.remove();
+    const mark = old || element('button', { type: 'button' });
+    const isShort = state !== 'open' && !cause && Date.now() - since < SHORT_GAP;
+    const text = state === 'open' ? say('open') : joinWords(say('since'), clock(since), cause);
     mark.textContent = joinWords(isMissing ? `${say('ask')}?` : extens.join(','), isShort ? '…' : text);
     mark.className = `mark ${isShort ? '' : state}`;
-    mark.onclick = () => toggleSettings(corner, status);
-    if (isMissing && !corner.querySelector('form')) mark.click();
+    mark.onclick = () => toggleSettings(panel, status);
+    if (!old) panel.prepend(mark);
+    if (!old && isMissing) mark.click();
   }
-  function toggleSettings(corner, { extens, isAsking, setExten }) {
-    const shown = corner.querySelector('form');
+  function toggleSettings(panel, { extens, isAsking, alerts, setExten, setAlerts }) {
+    const shown = panel.querySelector('form');
     if (shown) return shown.remove();
-    const canAllow = window.isSecureContext && window.Notification && Notification.permission === 'default';
-    const input = element('input', { value: extens.join(','), placeholder: '201' });
-    const save = isAsking && element('button', {}, say('save'));
-    const allow = canAllow && element('button', { type: 'button' }, say('allow'));
-    const form = element('form', {}, isAsking && element('label', {}, say('ask'), input), save, allow);
+    const field = element('input', { value: extens.join(','), placeholder: '201' });
+    const kinds = ['sound'].concat(canNotify() ? 'notification' : []);
+    const boxes = kinds.map((name) => element('input', { type: 'checkbox', name }));
+    boxes.forEach((box) => { box.checked = alerts.includes(box.name); });
+    const labels = boxes.map((box) => element('label', {}, box, say(box.name)));
+    const form = element('form', {}, isAsking && element('label', {}, say('ask'), field), ...labels,
+      element('button', {}, say('save')));
     form.onsubmit = (event) => {
       event.preventDefault();
       form.remove();
-      setExten(input.value);
+      const chosen = boxes.filter(({ checked }) => checked).map(({ name }) => name);
+      if (chosen.includes('notification')) Notification.requestPermission();
+      setAlerts([...alerts.filter((kind) => !kinds.includes(kind)), ...chosen]);
+      if (isAsking) setExten(field.value);
     };
-    if (allow) allow.onclick = () => Notification.requestPermission().then(() => form.remove());
-    if (form.firstChild) corner.append(form);
+    panel.querySelector('.mark').after(form);
+    form.querySelector('input').focus();
   }
 
   // --- 6. Alerts ------------------------------------------------------------
   // For an agent who looks elsewhere: the page's title, a sound, and desktop notifications.
 
-  // Returns a function that is told, again and again, which cards ring; the newest is the last.
-  function makeAlerts(options) {
-    const kinds = splitList(options.alert);
+  // Returns a function that is told, again and again, which calls ring, the latest first, and what to use.
+  function makeAlerts() {
     const notifications = new Map(); // by the call's id; null: the agent is looking
     let hasTitle = false;
     let sound = null;
 
-    return (ringing) => {
-      const [newest] = ringing.slice(-1);
-      if (kinds.includes('title') && (newest || hasTitle)) setTitle(newest && `☎ ${newest.lines[0]}`);
-      hasTitle = Boolean(newest);
+    return (ringing, kinds) => {
+      const [latest] = ringing;
+      const uses = (kind) => latest && kinds.includes(kind);
+      if (uses('title') || hasTitle) setTitle(uses('title') ? `☎ ${latest.number}` : '');
+      hasTitle = uses('title');
 
-      if (kinds.includes('sound') && newest) {
+      if (uses('sound')) {
         sound = sound || playTones();
         sound.resume().catch(() => {}); // browsers wait until the agent has clicked anywhere in the page
       } else if (sound) {
@@ -647,12 +665,12 @@
         sound = null;
       }
 
-      const isElsewhere = document.hidden || (kinds.includes('notification') && !document.hasFocus());
-      ringing.filter(({ id }) => !notifications.has(id)).forEach((view) => {
-        notifications.set(view.id, isElsewhere ? guard(notify, view) : null);
+      const isElsewhere = document.hidden || (uses('notification') && !document.hasFocus());
+      ringing.filter(({ uniqueid }) => !notifications.has(uniqueid)).forEach((view) => {
+        notifications.set(view.uniqueid, isElsewhere ? guard(notify, view) : null);
       });
       notifications.forEach((notification, id) => {
-        if (ringing.some((view) => view.id === id)) return;
+        if (ringing.some(({ uniqueid }) => uniqueid === id)) return;
         notification?.close();
         notifications.delete(id);
       });
@@ -671,29 +689,29 @@
   // Two tones every three seconds, until the context is closed.
   function playTones() {
     const context = new AudioContext();
-    const rate = context.sampleRate;
-    const buffer = context.createBuffer(1, 3 * rate, rate);
-    const samples = buffer.getChannelData(0);
-    [[660, 0], [880, 0.35]].forEach(([frequency, start]) => {
-      for (let i = 0; i < 0.3 * rate; i += 1) {
-        samples[Math.round(start * rate) + i] = 0.1 * Math.sin(2 * Math.PI * frequency * i / rate);
-      }
-    });
-    const source = Object.assign(context.createBufferSource(), { buffer, loop: true });
-    source.connect(context.destination);
-    source.start();
+    const tone = context.createOscillator();
+    const volume = new GainNode(context, { gain: 0 });
+    for (let start = 0; start < RINGING / 1000; start += 3) {
+      [[start, 660], [start + 0.35, 880]].forEach(([time, frequency]) => {
+        tone.frequency.setValueAtTime(frequency, time);
+        volume.gain.setTargetAtTime(0.1, time, 0.005);
+        volume.gain.setTargetAtTime(0, time + 0.3, 0.005);
+      });
+    }
+    tone.connect(volume).connect(context.destination);
+    tone.start();
     return context;
   }
 
-  function notify({ id, title, whose, lines, links, target }) {
-    if (!window.Notification || Notification.permission !== 'granted') return null;
-    const [number, name] = lines;
-    const { href } = links.find(({ word }) => word === 'link');
+  const canNotify = () => window.isSecureContext && 'Notification' in window;
+  function notify({ uniqueid, title, whose, number, name, links, target }) {
+    if (!canNotify() || Notification.permission !== 'granted') return null;
     const body = joinWords(title, whose, name && number);
-    const notification = new Notification(name || number, { body, tag: id, requireInteraction: true });
+    const notification = new Notification(name || number, { body, tag: uniqueid, requireInteraction: true });
     notification.onclick = () => {
       window.focus();
-      if (isWebAddress(href)) window.open(href, target, target === '_blank' ? 'noopener' : '');
+      const [link] = links.slice(-1);
+      if (link) window.open(link.href, target, target === '_blank' ? 'noopener' : '');
     };
     return notification;
   }
