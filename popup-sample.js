@@ -21,7 +21,7 @@
  *           it may return false (no card), or { name, open, note }, or a promise of either
  * onStatus  gets { state: 'connecting' or 'open', reason, text }; if it returns false, the page shows none of it
  * draw      gets n.calls, at every change and every second, and draws them in place of the cards
- * history   true: begins with the calls that the daemon remembers, not with the next one
+ * history   true: begins with the last calls that the daemon remembers, not with the next one
  *
  * n.calls: all calls as plain data, see render(); n.exten = '202'; n.alert = 'title sound'; n.askPermission(),
  * on a click: desktop notifications; n.close() takes everything away. Options may also stand in the address:
@@ -50,6 +50,7 @@
   const SHORT_GAP = 5000;         // ms without a connection that nobody is told of
   const MAX_KEYS = 20000;         // messages recognised when they come again: those of a whole outage
   const MAX_CALLS = 200;          // calls known at a time
+  const HISTORY = 1000;           // events of calls to begin with; one call has three or so
   const MAX_CARDS = 5;
   const WITHHELD = /^(anonymous|private|unknown|unavailable|restricted|withheld|非通知)?$/i;
   const WORDS = {
@@ -271,6 +272,7 @@
     let position = '';       // the last id of any message: all calls up to it have arrived
     let ahead = 0;           // ms that the server's clock is ahead of ours
     let status = { state: 'connecting', since: Date.now(), isQuiet: true }; // until the page has had its say
+    let daemonOptions = {};  // what it says of itself: OPEN_URL
     let drawing;             // the timer, if a drawing is due
 
     const now = () => Date.now() + ahead;
@@ -281,7 +283,8 @@
       url.protocol = url.protocol.replace('http', 'ws');
       mine.forEach((exten) => url.searchParams.append('exten', exten));
       if (options.token) url.searchParams.set('token', options.token);
-      url.searchParams.set('since', position || (options.history ? '0-0' : ''));
+      url.searchParams.set('since', position);
+      if (options.history) url.searchParams.set('last', HISTORY);
       return url;
     }
     function report(state, cause) {
@@ -291,11 +294,11 @@
       status = { state, since, isQuiet: answer === false, cause: cause.text };
       change();
     }
-    function receive({ type, id, key, time, complete, data }) {
-      const isGap = type === 'HELLO' && !complete && (position || !options.history);
+    function receive({ type, id, key, time, complete, open, data }) {
       position = id || position;
       if (type !== 'CALL_IN' && time) ahead = time - Date.now();
-      if (isGap) report('open', { reason: 'gap', text: say('gap') });
+      if (type !== 'CALL_IN') daemonOptions = { open };
+      if (type === 'HELLO' && !complete) report('open', { reason: 'gap', text: say('gap') });
       // A call may come again after an outage, also from another daemon: its key is the same.
       if (type === 'CALL_IN' && !(key && keys.has(key))) take(data, key, time || now());
       if (key) keys.add(key);
@@ -376,13 +379,13 @@
       return sorted.reverse();
     }
     const renderAll = () => refresh().filter(({ state }) => state.kind !== 'foreign')
-      .map((call) => render(call, options, mine)).reverse();
+      .map((call) => render(call, { ...daemonOptions, ...options }, mine)).reverse();
     function draw() {
       drawing = clearTimeout(drawing);
       if (ending.signal.aborted) return;
       const picked = pickCards(refresh().filter(({ isOurs, isHidden }) => isOurs && !isHidden));
       picked.forEach(lookUp);
-      const views = picked.map((call) => render(call, options, mine));
+      const views = picked.map((call) => render(call, { ...daemonOptions, ...options }, mine));
       if (options.draw) guard(options.draw, renderAll());
       showCards(panel, options.draw ? [] : views, close);
       showMark(panel, { ...status, isAsking, extens: mine, alerts, setExten, setAlerts });
@@ -442,6 +445,7 @@
       get alert() { return alerts.join(' '); },
       set alert(text) { setAlerts(splitList(text)); },
       get calls() { return renderAll(); },
+      get now() { return now(); },
       askPermission: async () => Notification.requestPermission(),
       close() {
         ending.abort();

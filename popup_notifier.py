@@ -17,7 +17,7 @@ Read it from top to bottom:
     9. TLS             make_tls_context, begin_tls
     10. Redis          Link, RedisStream
     11. Monitoring     HubMetrics, RefusalLog, metrics_lines, Supervisor, ServiceManager
-    12. Status page    STATUS_PAGE
+    12. The desk       DESK_PAGE
     13. Command line   log, limits, signals, main
 
 Of http.server.ThreadingHTTPServer we use the listening socket, and a thread for a request that
@@ -173,6 +173,7 @@ class Config(NamedTuple):
     crmws_token: str | None
     trusted_proxies: AccessList
     redis_url: RedisURL | None
+    open_url: str | None
 
 
 class Key(NamedTuple):
@@ -252,6 +253,18 @@ def parse_origin(text: str) -> str:
     if text != "null" and not ORIGIN_PATTERN.fullmatch(text.lower()):
         raise ValueError(f"holds {quote(text)}, no origin like https://crm.example.com (no path)")
     return plain_origin(text)
+
+
+def parse_open_url(text: str) -> str:
+    """Return the address of a caller's page, with {phone}, {exten} and {name} in it."""
+    if not re.fullmatch(r"https?://[^\s/?#{}]+([/?#]\S*)?", text) or not text.isprintable():
+        raise ValueError("is not an address like https://crm.example.com/search?phone={phone}")
+    for name in re.findall(r"\{(.*?)\}", text):
+        if name not in ("phone", "exten", "name"):
+            raise ValueError(
+                f"holds {{{name}}}, which is none of {{phone}}, {{exten}} and {{name}}"
+            )
+    return text
 
 
 class RedisURL(NamedTuple):
@@ -350,6 +363,7 @@ KEYS = (
     Key("CRMWS_TOKEN", "", parse_optional(parse_token), is_secret=True),
     Key("TRUSTED_PROXIES", "", parse_networks),
     Key("REDIS_URL", "", parse_optional(parse_redis_url), is_secret=True, needs_restart=True),
+    Key("OPEN_URL", "", parse_optional(parse_open_url)),
 )
 SAMPLE_TOKEN = "mytoken"  # the one that everybody can read in the sample
 KEY_BY_NAME = {name: key for key in KEYS for name in (key.name, key.alias) if name}
@@ -1005,9 +1019,12 @@ def serialize_call(call_id: CallID, trigger: Trigger) -> bytes:
     return serialize_frame(Opcode.TEXT, json.dumps(message).encode("ascii"))
 
 
-def serialize_alive(position: CallID, now: int) -> bytes:
-    """Return the frame that says: all calls up to there have been sent."""
-    text = f'{{"type": "ALIVE", "id": "{position}", "time": {now}}}'
+def serialize_position(kind: str, position: CallID, now: int, facts: str) -> bytes:
+    """Return the frame that says where a browser stands: HELLO, or ALIVE once it is up to date.
+
+    `facts` are further members of the JSON object, as text.
+    """
+    text = f'{{"type": "{kind}", "id": "{position}", "time": {now}, {facts}}}'
     return serialize_frame(Opcode.TEXT, text.encode("ascii"))
 
 
@@ -1172,6 +1189,15 @@ class Log:
                 self._forget_up_to(call)
             place = self._start + bisect.bisect_right(self._ids, since)
             return Resumption(max(place, self._remembered), since, since >= self._begin)
+
+    def find_last(self, count: int, place: int, wants: Callable[[Call], bool]) -> int:
+        """Return the place of the last `count` calls that are wanted, of those from a place on."""
+        with self._lock:
+            for call in reversed(self._calls[max(place - self._start, 0) :]):
+                count -= wants(call)
+                if not count:
+                    return call.place
+        return place
 
     def read(self, place: int, stop: int | None = None) -> Slice | None:
         """Return the next calls, a slice that is sent at once; None when they are forgotten."""
@@ -1406,11 +1432,21 @@ STOP_TIMEOUT = 3.0  # seconds that all of them together have when the daemon end
 PING = serialize_frame(Opcode.PING, b"")
 
 
+class Subscription(NamedTuple):
+    """What a browser asks for."""
+
+    extens: frozenset[str] = NO_EXTENS  # whose calls; none: every call
+    recovers: bool = False  # it is told where it stands: HELLO, ALIVE
+    since: CallID | None = None  # what it has heard
+    last: int = 0  # of what it has missed, so many calls at most; 0: all
+
+
 class Browser:
     """A connected browser. All of it belongs to the Hub's thread once the Hub has it."""
 
     __slots__ = (
         "extens",
+        "last",
         "leftover",
         "place",
         "protocol",
@@ -1427,17 +1463,14 @@ class Browser:
         self,
         sock: socket.socket,
         visitor: Visitor,
-        extens: frozenset[str] = NO_EXTENS,
-        since: CallID | None = None,
-        recovers: bool = False,
+        subscription: Subscription,
         leftover: bytes = b"",
     ) -> None:
         self.sock = sock  # non-blocking
         self.send = sock.send
         self.visitor = visitor
-        self.extens = extens  # whose calls it wants; none: every call
-        self.since = since  # what it had heard when it came, until it is up to date
-        self.recovers = recovers  # is told where it stands: HELLO, ALIVE
+        # `since` is what it had heard when it came, and None once it is up to date.
+        self.extens, self.recovers, self.since, self.last = subscription
         self.leftover = leftover  # what came behind the handshake
         self.place = 0  # in the log, while it does not keep up
         self.rest: bytes | memoryview = b""  # of the last send; it ends with a whole frame
@@ -1526,6 +1559,14 @@ class DropReason(enum.Enum):
     BUG = "bug"
 
 
+def describe_settings(config: Config) -> str:
+    """Return what pages are told of the configuration, as members of a JSON object."""
+    settings: dict[str, object] = {"interval": config.ping_interval}
+    if config.open_url is not None:
+        settings["open"] = config.open_url
+    return json.dumps(settings)[1:-1]
+
+
 class Hub:
     """The browsers, and the one thread that talks to them.
 
@@ -1547,9 +1588,10 @@ class Hub:
         self._log = stream.log
         self._lock = threading.Lock()
         # Guarded by the lock.
-        self._registry: set[Browser] = set()  # who is here
+        self._registry: dict[Browser, None] = {}  # who is here
         self._arrivals: list[Browser] = []  # those whom the Hub's thread does not know yet
         self._is_closing = False
+        self._settings = describe_settings(config)  # for HELLO and ALIVE; set by the Hub's thread
         # Set by any thread when the log has grown; cleared by the Hub's before it looks there.
         self._is_called = False
         # The Hub's thread's own.
@@ -1589,7 +1631,7 @@ class Hub:
                 greeting += self._hello(browser)
             else:
                 browser.place = self._log.end
-            self._registry.add(browser)
+            self._registry[browser] = None
             self._arrivals.append(browser)
             # If the browser is gone already, the Hub's thread will see it.
             try:
@@ -1620,6 +1662,11 @@ class Hub:
         """Return how many browsers are connected."""
         return len(self._registry)
 
+    def browsers(self) -> list[Browser]:
+        """Return the browsers that are connected, the first to come first; only to look at."""
+        with self._lock:
+            return list(self._registry)
+
     def close(self) -> None:
         """Close all with 1001 and end the Hub's thread, within STOP_TIMEOUT."""
         with self._lock:
@@ -1633,22 +1680,25 @@ class Hub:
         # In this order: a call that comes between is heard after HELLO, not passed over.
         end, position = self._log.end, self._log.position
         hello_id, is_complete, browser.place = position, True, end
+        is_new = browser.since is None
+        if is_new and browser.last:
+            browser.since = NOWHERE
         if browser.since is not None:
             hello_id = browser.since
             browser.place, browser.since, is_complete = self.stream.resume(browser.since)
+        if browser.last:
+            browser.place = self._log.find_last(browser.last, browser.place, browser.wants)
         now = self.stream.clock()
-        hello = {
-            "type": "HELLO",
-            "id": str(hello_id),
-            "complete": is_complete,
-            "interval": int(self._pings.timeout),
-            "time": now,
-        }
-        frames = serialize_frame(Opcode.TEXT, json.dumps(hello).encode("ascii"))
+        facts = f'"complete": {json.dumps(is_new or is_complete)}, {self._settings}'
+        frames = serialize_position("HELLO", hello_id, now, facts)
         if browser.place >= end and self._is_up_to_date(browser, position):
             browser.since = None
-            frames += serialize_alive(position, now)
+            frames += serialize_position("ALIVE", position, now, self._settings)
         return frames
+
+    def _alive(self, position: CallID) -> bytes:
+        """Return ALIVE for a browser that has heard all calls up to a position."""
+        return serialize_position("ALIVE", position, self.stream.clock(), self._settings)
 
     def _is_up_to_date(self, browser: Browser, position: CallID) -> bool:
         """Tell whether a browser whose place is the log's end has heard all up to a position."""
@@ -1697,6 +1747,7 @@ class Hub:
     def _apply(self, config: Config) -> None:
         """Let a new configuration hold for those who are here."""
         self._take_over()
+        self._settings = describe_settings(config)
         self._pings.change_timeout(config.ping_interval, self._now)
         for browser in [*self._keeping_up, *self._lagging]:
             try:
@@ -1811,7 +1862,7 @@ class Hub:
         self._keeping_up.add(browser)
         self._listen(browser)
         if browser.recovers and browser in self._keeping_up:
-            self._send(browser, serialize_alive(self._position, self.stream.clock()))
+            self._send(browser, self._alive(self._position))
 
     def _listen(self, browser: Browser) -> None:
         self._stalled.discard(browser)
@@ -1926,7 +1977,7 @@ class Hub:
         if self._pings.next_deadline() > self._now:
             return
         interval = self._pings.timeout
-        alive = serialize_alive(self._position, self.stream.clock())
+        alive = self._alive(self._position)
         for browser in self._pings.expired(self._now + PING_SLACK * interval):
             if browser.unanswered == MAX_UNANSWERED:
                 silence = MAX_UNANSWERED * interval
@@ -1939,7 +1990,7 @@ class Hub:
                 self._send(browser, alive + PING if browser.recovers else PING)
             elif browser in self._ahead and browser.since is not None:
                 browser.unanswered += 1
-                self._send(browser, serialize_alive(browser.since, self.stream.clock()) + PING)
+                self._send(browser, self._alive(browser.since) + PING)
 
     # The Hub's thread: how browsers leave.
 
@@ -2009,7 +2060,7 @@ class Hub:
         self._pings.discard(browser)
         self._stalled.discard(browser)
         with self._lock:
-            self._registry.discard(browser)
+            self._registry.pop(browser, None)
 
     # The Hub's thread: the log lines.
 
@@ -2433,6 +2484,10 @@ class Server(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
+    def has_route(self, path: str) -> bool:
+        """Tell whether a path is served at this port."""
+        return path in self._routes
+
     def serve_forever(self, poll_interval: float = 0) -> None:
         """Accept and answer until shutdown(). Nothing is polled: that is the parent's."""
         if threading.current_thread() is threading.main_thread():
@@ -2755,7 +2810,7 @@ class RequestHandler:
         given = [str(value) for name, value in pairs if name == "token"]
         visitor = Visitor(connection.address, fields.get("origin"), (*given, *offered))
         check_visitor(self.server.config, visitor)
-        extens, since, recovers = parse_subscription(pairs)
+        subscription = parse_subscription(pairs)
         if hub.count() >= hub.max_browsers:
             raise no_room(hub)
         if self.request.minor == 0:
@@ -2768,7 +2823,7 @@ class RequestHandler:
             # A browser gives up unless one of those that it offered is chosen.
             chosen = SUBPROTOCOL if SUBPROTOCOL in offered else offered[0]
             greeting += f"Sec-WebSocket-Protocol: {chosen}\r\n"
-        browser = Browser(connection.sock, visitor, extens, since, recovers, connection.rest)
+        browser = Browser(connection.sock, visitor, subscription, connection.rest)
         if not hub.subscribe(browser, f"{greeting}\r\n".encode("latin-1")):
             raise no_room(hub)
 
@@ -2790,10 +2845,17 @@ class RequestHandler:
         fields = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
         return serialize_response(HTTPStatus.OK, text, fields)
 
-    def handle_status_page(self) -> bytes:
-        """Show that it all works: GET /."""
-        fields = {"Content-Security-Policy": status_page_policy(STATUS_PAGE)}
-        return self.serve(STATUS_PAGE.encode(), "text/html; charset=utf-8", fields)
+    def handle_status(self) -> bytes:
+        """Tell the admin's part of the page how things are: GET /status."""
+        status = describe_status(self.server.hub, self.server.refusals)
+        return serialize_response(HTTPStatus.OK, json.dumps(status), {"Content-Type": JSON})
+
+    def handle_desk(self) -> bytes:
+        """Show an agent the calls, and an admin how things are: GET /."""
+        is_admin = self.server.config.trigger_allow.allows(self.connection.address)
+        page = desk_page(is_admin and self.server.has_route("/status"))
+        fields = {"Content-Security-Policy": page_policy(page)}
+        return self.serve(page.encode(), "text/html; charset=utf-8", fields)
 
     def handle_script(self) -> bytes:
         """Serve the browser client: GET /popup-sample.js."""
@@ -2824,12 +2886,10 @@ def no_room(hub: Hub) -> RequestError:
     return RequestError(HTTPStatus.SERVICE_UNAVAILABLE, reason, Retry_After="30")
 
 
-def parse_subscription(
-    pairs: Iterable[tuple[str, object]],
-) -> tuple[frozenset[str], CallID | None, bool]:
-    """Return the extensions that a browser asks for, its position, and whether it recovers."""
+def parse_subscription(pairs: Iterable[tuple[str, object]]) -> Subscription:
+    """Return what the query of a handshake asks for: exten, since, last."""
     extens: set[str] = set()
-    since, recovers = None, False
+    recovers, since, last = False, None, 0
     for name, value in pairs:
         text = str(value)
         if name == "exten":
@@ -2840,9 +2900,14 @@ def parse_subscription(
                 since = parse_id(text) if text else None
             except ValueError as error:
                 raise bad_request(f"since: {error}") from None
+        elif name == "last":
+            if not re.fullmatch(r"[1-9][0-9]{0,5}", text):
+                raise bad_request(f"last: {quote(text)} is no number of calls")
+            last = int(text)
     if len(extens) > MAX_EXTENS or any(len(each) > MAX_NAME for each in extens):
         raise bad_request(f"more than {MAX_EXTENS} extensions, or of over {MAX_NAME} characters")
-    return frozenset(map(sys.intern, extens)) if extens else NO_EXTENS, since, recovers
+    wanted = frozenset(map(sys.intern, extens)) if extens else NO_EXTENS
+    return Subscription(wanted, recovers, since, last if recovers else 0)
 
 
 class Route(NamedTuple):
@@ -2860,7 +2925,8 @@ ROUTES = {
     "/crmws": Route(("GET",), "crmws_allow", RequestHandler.handle_upgrade),
     "/healthz": Route(READING, "trigger_allow", RequestHandler.handle_health, is_slow=True),
     "/metrics": Route(READING, "trigger_allow", RequestHandler.handle_metrics),
-    "/": Route(READING, "crmws_allow", RequestHandler.handle_status_page),
+    "/status": Route(READING, "trigger_allow", RequestHandler.handle_status),
+    "/": Route(READING, "crmws_allow", RequestHandler.handle_desk),
     f"/{SCRIPT_NAME}": Route(READING, "crmws_allow", RequestHandler.handle_script, is_slow=True),
 }
 
@@ -3571,6 +3637,8 @@ HEALTH_TIMEOUT = 2.0  # seconds that each thread has to show that it turns
 REPORT_PERIOD = 60.0
 REPORT_LINES = 3
 REPORT_KEYS = 1000
+LATEST = 20  # refusals that are kept to be shown
+SHOWN_BROWSERS = 500  # at most
 DELIVERY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)  # seconds
 STATUS_INTERVAL = 10.0  # seconds between two status lines to systemd
 
@@ -3601,12 +3669,15 @@ class RefusalLog:
         self.totals: collections.Counter[int] = collections.Counter()  # by status
         self._lock = threading.Lock()
         self._counts: collections.Counter[tuple[str, int]] = collections.Counter()
+        self._latest: collections.deque[dict[str, object]] = collections.deque(maxlen=LATEST)
         self.deadline = math.inf  # when to report, monotonic seconds
 
     def add(self, address: IPAddress, error: RequestError) -> None:
         """Log a refusal, or count it when its like were logged just before. Any thread."""
         key = (str(address), error.status.value)
+        fact = {"time": int(time.time() * 1000), "address": key[0], "status": key[1]}
         with self._lock:
+            self._latest.append({**fact, "reason": str(error)})
             self.deadline = min(self.deadline, time.monotonic() + REPORT_PERIOD)
             self.totals[error.status.value] += 1
             self._counts[key] += 1
@@ -3615,6 +3686,11 @@ class RefusalLog:
             log.warning("refused: %s %d %s", *key, error)
         if is_full:
             self.report()
+
+    def latest(self) -> list[dict[str, object]]:
+        """Return the last refusals, the newest first. Any thread."""
+        with self._lock:
+            return list(reversed(self._latest))
 
     def report(self, now: float = math.inf) -> None:
         """Log what was only counted, if that is due, and begin anew. Any thread."""
@@ -3670,6 +3746,27 @@ def metrics_lines(hub: Hub, refusals: RefusalLog) -> Iterator[str]:
         yield from metric(
             "redis_lost_calls_total", "counter", "Never got there.", ("", redis.lost)
         )
+
+
+def describe_status(hub: Hub, refusals: RefusalLog) -> dict[str, object]:
+    """Return how the daemon is, for an admin who looks at its page."""
+    redis = hub.stream.status()
+    browsers = [
+        {
+            "address": str(browser.visitor.address),
+            "origin": browser.visitor.origin,
+            "extens": sorted(browser.extens),
+        }
+        for browser in itertools.islice(hub.browsers(), SHOWN_BROWSERS)
+    ]
+    return {
+        "version": VERSION,
+        "uptime": int(uptime()),
+        "count": hub.count(),
+        "browsers": browsers,
+        "refusals": refusals.latest(),
+        "redis": None if redis is None else f"{redis.state.value}: {redis.reason}",
+    }
 
 
 START = time.monotonic()
@@ -3743,115 +3840,320 @@ class ServiceManager:
                 log.warning("cannot tell systemd %s: %s", lines[0], error.strerror)
 
 
-# --- 12. Status page ---------------------------------------------------------------------------
+# --- 12. The desk ------------------------------------------------------------------------------
 #
-# What a browser is shown at GET /. It stands in here because one file is copied to the server.
+# GET / for an agent whose CRM can't be edited: a row for each call of today, drawn from the plain
+# data of popup-sample.js; and below, for the admin, how the daemon is. The page stands in here
+# because one file is copied to the server.
 
-STATUS_PAGE = r"""<!doctype html>
+ADMIN_PART = re.compile(r"<!-- admin -->.*?<!-- /admin -->\n", re.DOTALL)
+DESK_PAGE = r"""<!doctype html>
 <html lang="ja">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>popup-notifier</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'
+ viewBox='0 0 64 64'%3E%3Crect width='64' height='64' rx='14' fill='%231a7f37'/%3E%3Cpath
+ d='M20 14c-4 2-6 6-5 10 4 14 11 21 25 26 4 1 8-1 10-5l-9-8-6 4c-5-3-8-6-10-11l4-6z'
+ fill='%23fff'/%3E%3C/svg%3E">
 <style>
   :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --paper: #f6f8fa;
-    --card: #fff; --rule: #d1d9e0; --good: #1a7f37; --wait: #9a6700; --bad: #cf222e }
+    --card: #fff; --rule: #d1d9e0; --ringing: #1a7f37; --talking: #0969da; --missed: #cf222e;
+    --rang: #9a6700 }
   @media (prefers-color-scheme: dark) {
-    :root { --ink: #e6edf3; --soft: #9198a1; --paper: #0d1117;
-      --card: #161b22; --rule: #3d444d; --good: #3fb950; --wait: #d29922; --bad: #ff7b72 }
+    :root { --ink: #e6edf3; --soft: #9198a1; --paper: #0d1117; --card: #161b22; --rule: #3d444d;
+      --ringing: #3fb950; --talking: #58a6ff; --missed: #ff7b72; --rang: #d29922 }
   }
   body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui }
-  main { max-width: 860px; margin: 0 auto; padding: 24px 16px }
-  h1 { margin: 0 0 16px; font-size: 1.25rem }
-  #state { margin: 0; padding: 16px; border: 1px solid var(--rule); border-radius: 8px;
-    border-left: 6px solid var(--line); background: var(--card); font-size: 1.25rem;
-    font-weight: 600; overflow-wrap: anywhere }
-  #state { --line: var(--wait) }
-  #state.open { --line: var(--good) } #state.bad { --line: var(--bad) }
-  #state::before { margin-right: 12px; color: var(--line); content: "…" }
-  #state.open::before { content: "✓" } #state.bad::before { content: "!" }
-  form { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; margin: 20px 0 }
-  input, button { padding: 6px 10px; border: 1px solid var(--soft); border-radius: 6px;
-    background: var(--card); color: inherit; font: inherit }
-  input { flex: 0 1 10em; min-width: 0 }
-  pre { padding: 12px; border: 1px solid var(--rule); border-radius: 8px;
-    background: var(--card); white-space: pre-wrap; overflow-wrap: anywhere }
+  header, main { max-width: 1080px; margin: 0 auto; padding: 12px 16px }
+  header, form { display: flex; flex-wrap: wrap; align-items: center; gap: 8px }
+  #state { flex: 1 0 0; min-width: 9em; margin: 0; color: var(--soft); overflow-wrap: anywhere }
+  #state::before { content: "● "; color: var(--ringing) }
+  #state.bad { color: var(--missed); font-weight: 600 }
+  #state.bad::before { content: "! "; color: inherit }
+  input, button { min-height: 36px; box-sizing: border-box; padding: 4px 12px; color: inherit;
+    border: 1px solid var(--soft); border-radius: 6px; background: var(--card); font: inherit }
+  input { width: 8em }
+  button[aria-pressed=true] { border-color: var(--ringing); color: var(--ringing) }
+  button[aria-pressed=true]::before { content: "✓ " }
+  :focus-visible { outline: 2px solid var(--talking); outline-offset: 1px }
+  #hint:empty, [hidden] { display: none }
+  #hint, pre { margin: 0 0 12px; padding: 12px; border: 1px solid var(--rule); border-radius: 8px;
+    background: var(--card); overflow-wrap: anywhere; white-space: pre-wrap }
   table { width: 100%; border-collapse: collapse; background: var(--card) }
-  th, td { padding: 8px; border-bottom: 1px solid var(--rule); text-align: left;
+  th, td { padding: 8px 12px; border-bottom: 1px solid var(--rule); text-align: left;
     vertical-align: top; overflow-wrap: anywhere }
-  b, td { unicode-bidi: isolate }
-  th { color: var(--soft); font-size: .875rem; font-weight: 600; white-space: nowrap }
-  td:first-child { white-space: nowrap } td:nth-child(2) { width: 65% }
+  th { color: var(--soft); font-size: .875rem; white-space: nowrap }
+  td, bdi { unicode-bidi: isolate } a, .state { color: var(--line, inherit) }
+  .ringing { --line: var(--ringing) } .talking { --line: var(--talking) }
+  .missed { --line: var(--missed) } .rang { --line: var(--rang) }
+  #calls td:first-child { border-left: 6px solid var(--line, var(--rule)); white-space: nowrap }
+  .ringing td { font-size: 1.25rem } .ended, .elsewhere { color: var(--soft) }
+  .state, .who, .new td { font-weight: 600 } .length { font-variant-numeric: tabular-nums }
+  .time { white-space: nowrap } .exten { min-width: 6em }
+  .who:empty, .note:empty { display: none } .who, .note { display: block }
+  details { margin: 24px 0 } summary { padding: 8px 0; cursor: pointer }
+  details table { margin-top: 12px; font-size: .875rem }
+  .aloud { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
+  @media (max-width: 560px) {
+    #calls thead { position: absolute; clip-path: inset(50%) }
+    #calls tr { display: grid; grid-template-columns: 1fr auto; padding: 6px 0 6px 10px;
+      border-bottom: 1px solid var(--rule); border-left: 6px solid var(--line, var(--rule)) }
+    #calls td { padding: 2px 6px; border: 0 !important }
+    #calls td:nth-child(2) { grid-column: 1 / 3; grid-row: 2 }
+    #calls td:nth-child(3) { grid-column: 1 / 3; grid-row: 3; color: var(--soft) }
+  }
 </style>
-<main>
-  <h1>popup-notifier</h1>
+<header>
   <p id="state" role="status"></p>
   <form>
-    <label for="exten" data-say="filter"></label>
-    <input id="exten" name="exten" placeholder="201,202" autocomplete="off">
+    <label for="exten" data-say="exten"></label>
+    <input id="exten" autocomplete="off" inputmode="numeric">
     <button data-say="apply"></button>
   </form>
-  <section id="empty"><p data-say="empty"></p><pre tabindex="0"></pre></section>
-  <table hidden>
-    <thead><tr><th data-say="time"><th data-say="phone"><th data-say="exten">
-    <tbody aria-live="polite">
+  <button id="notification" data-say="notification"></button>
+  <button id="sound" data-say="sound"></button>
+  <button id="small" data-say="small"></button>
+</header>
+<main>
+  <p id="hint" role="alert"></p>
+  <p class="aloud" id="aloud" role="alert"></p>
+  <p id="empty" data-say="empty"></p>
+  <table id="calls" hidden>
+    <thead><tr><th data-say="call"><th data-say="caller"><th data-say="exten"><th data-say="time">
+    <tbody>
   </table>
+<!-- admin -->
+  <details id="admin">
+    <summary data-say="admin"></summary>
+    <p data-say="try"></p>
+    <pre id="curl" tabindex="0"></pre>
+    <button id="copy" data-say="copy"></button>
+    <pre id="facts"></pre>
+    <table><thead><tr><th data-say="address"><th data-say="exten"><th data-say="origin">
+      <tbody id="browsers"></table>
+    <table><thead><tr><th data-say="time"><th data-say="address"><th data-say="refused">
+      <tbody id="refusals"></table>
+  </details>
+<!-- /admin -->
 </main>
 <script src="/popup-sample.js" data-manual></script>
 <script>
   'use strict';
-  const MAX_ROWS = 50;
   const WORDS = {
-    start: ['Connecting', '接続しています'], apply: ['Show', '表示'],
-    filter: ['Extension (empty: all)', '内線 (空欄: すべて)'],
-    empty: ['No call yet. Try this on the PBX, with your token:',
-      'まだ着信がありません。PBX で次のコマンドを試してください (token は設定ファイルの値)。'],
-    time: ['Time', '時刻'], phone: ['Caller', '発信者'], exten: ['Extension', '内線'],
-    withheld: ['withheld', '非通知'],
-    missed: ['missed', '切断中'], answer: ['answered', '応答'], end: ['ended', '終了'],
+    exten: ['Extension', '内線'], apply: ['Show', '表示'], caller: ['Caller', '発信者'],
+    call: ['Call', '着信'], time: ['Time', '時刻'],
+    all: ['all', 'すべて'], notification: ['Notifications', '通知'], sound: ['Sound', '音'],
+    small: ['Small window', '小さい窓'], missed: ['missed', '不在'],
+    empty: ['No calls yet today.', '今日の着信はまだありません。'],
+    ask: ['Which extension is yours? (empty: show all calls)',
+      'あなたの内線番号を入力してください (空欄: すべての着信)'],
+    https: ['Notifications need https: open this page by its https address.',
+      '通知には https が必要です。https のアドレスでこのページを開いてください。'],
+    denied: ['The browser forbids notifications: allow them in its settings of this page.',
+      'ブラウザが通知を許可していません。このページの設定で許可してください。'],
+    admin: ['For the administrator', '管理者向け'], copy: ['Copy', 'コピー'],
+    try: ['A test call, on the PBX and with your token:',
+      'テスト (PBX で実行します。token は設定ファイルの値です)'],
+    address: ['Browser', 'ブラウザ'], origin: ['Page', 'ページ'], refused: ['Refused', '拒否'],
   };
   const isJapanese = /^ja\b/i.test(navigator.language);
-  const say = (key) => WORDS[key][isJapanese ? 1 : 0];
+  const say = (word) => WORDS[word][isJapanese ? 1 : 0];
   const find = (selector) => document.querySelector(selector);
-  const exten = new URLSearchParams(location.search).get('exten') || '';
+  const clock = (time) => new Date(time).toTimeString().slice(0, 5);
+  const query = new URLSearchParams(location.search);
 
   document.documentElement.lang = isJapanese ? 'ja' : 'en';
   for (const node of document.querySelectorAll('[data-say]')) {
     node.textContent = say(node.dataset.say);
   }
-  find('#state').textContent = say('start');
-  find('#exten').value = exten;
-  find('pre').textContent = `curl -m 1 -X POST "${location.origin}/api/trigger`
-    + `?phone=0312345678&exten=${exten.split(',')[0] || 'all'}&token=SECRET_TOKEN"`;
+  find('#exten').placeholder = say('all');
 
-  function onStatus({ state, reason, text }) {
-    find('#state').textContent = text;
-    find('#state').className = state !== 'open' && reason ? 'bad' : reason ? 'gap' : state;
-    document.title = `${state === 'open' ? '✓' : '!'} popup-notifier`;
-    return false; // no notice: it is all said here
+  // The calls: a row each, the latest first, changed in place.
+  const rows = new Map(); // by uniqueid
+  let lookedAt = Number(localStorage.lookedAt || 0); // ms: missed calls up to here are no news
+  let spoken;                                      // the call that a screen reader was told of
+  let status = { state: 'connecting', text: '' };
+  const isRinging = ({ state }) => state === 'ringing';
+
+  function draw(calls) {
+    const today = new Date().setHours(0, 0, 0, 0);
+    const shown = calls.filter(({ began }) => began >= today);
+    shown.sort((a, b) => b.began - a.began || (b.uniqueid > a.uniqueid ? 1 : -1));
+    const ids = shown.map(({ uniqueid }) => uniqueid);
+    rows.forEach((row, id) => {
+      if (!ids.includes(id)) row.remove();
+      if (!ids.includes(id)) rows.delete(id);
+    });
+    shown.forEach((call, index) => {
+      const body = find('#calls tbody');
+      if (!rows.has(call.uniqueid)) rows.set(call.uniqueid, newRow());
+      const row = rows.get(call.uniqueid);
+      if (body.rows[index] !== row) body.insertBefore(row, body.rows[index]);
+      fill(row, call);
+    });
+    const { uniqueid, title, name: caller, number, whose } = shown.find(isRinging) || {};
+    if (uniqueid && uniqueid !== spoken) {
+      find('#aloud').textContent = `${title} ${caller} ${number} ${whose}`;
+    }
+    spoken = uniqueid;
+    find('#empty').hidden = shown.length > 0;
+    find('#calls').hidden = !shown.length;
+    const missed = shown.filter((call) => call.state === 'missed' && call.since > lookedAt);
+    const name = n.exten || say('all');
+    const count = missed.length ? `(${missed.length}) ${say('missed')}` : '';
+    const news = status.state === 'open' ? count : status.text;
+    document.title = news ? `${news} – ${name}` : name;
+  }
+  function newRow() {
+    const row = document.createElement('tr');
+    row.innerHTML = '<td><span class="state"></span> <span class="length"></span>'
+      + '<td><bdi class="who"></bdi><bdi class="number"></bdi><span class="note"></span>'
+      + '<td class="exten"><td class="time">';
+    return row;
+  }
+  function fill(row, call) {
+    const { state, title, number, name, note, whose, times, links, target } = call;
+    const { began, since, ended } = call;
+    const isNew = state === 'missed' && since > lookedAt;
+    const isOn = state === 'ringing' || state === 'talking';
+    const ms = isOn ? n.now - since : (ended || since) - began;
+    const seconds = Math.max(0, Math.round(ms / 1000));
+    const length = `${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, '0')}`;
+    const put = (selector, text) => {
+      const node = row.querySelector(selector);
+      if (node.textContent !== text) node.textContent = text;
+      return node;
+    };
+    row.className = isNew ? `${state} new` : state;
+    put('.state', title);
+    put('.length', isOn || state === 'ended' ? length : '');
+    put('.who', name);
+    put('.note', times > 1 ? `${note} ×${times}` : note);
+    put('.exten', whose);
+    put('.time', clock(began));
+    const cell = row.querySelector('.number');
+    const text = JSON.stringify([number, links]);
+    if (cell.dataset.text === text) return;
+    cell.dataset.text = text;
+    const anchors = links.map(({ href, text: label }, index) => {
+      const anchor = document.createElement('a');
+      return Object.assign(anchor, { href, target, textContent: index ? label : number });
+    });
+    cell.replaceChildren(...(anchors.length ? anchors : [number]));
+  }
+  // Whoever turns to this window has seen what was missed.
+  for (const sign of ['focus', 'pointerdown', 'keydown']) {
+    window.addEventListener(sign, () => {
+      lookedAt = localStorage.lookedAt = n.now;
+      draw(n.calls);
+    });
   }
 
-  function onCall({ time, phone, name, exten: called, event, missed }) {
-    const clock = time.toTimeString().slice(0, 8);
-    const note = missed ? 'missed' : event;
-    const row = find('tbody').insertRow(0);
-    const number = document.createElement('b');
-    number.textContent = phone || say('withheld');
-    row.insertCell().append(clock);
-    row.insertCell().append(number, ` ${name}`);
-    row.insertCell().append(called);
-    if (/^(missed|answer|end)$/.test(note)) row.lastChild.append(` ${say(note)}`);
-    if (find('tbody').rows.length > MAX_ROWS) find('tbody').deleteRow(-1);
-    find('#empty').hidden = true;
-    find('table').hidden = false;
-    return window.innerWidth > 700; // on a phone the popup would cover the list
+  function onStatus(news) {
+    status = news;
+    find('#state').textContent = status.text;
+    find('#state').className = status.state === 'open' && !status.reason ? 'open' : 'bad';
+    return false; // it is all said here
   }
 
-  PopupNotifier.connect({ exten, onStatus, onCall });
+  // What can be set, and is remembered.
+  const remembered = query.get('exten') ?? localStorage.exten;
+  const n = PopupNotifier.connect({ exten: remembered || '', history: true, draw, onStatus });
+  find('#exten').value = n.exten;
+  if (remembered === undefined) {
+    find('#hint').textContent = say('ask');
+    find('#exten').focus();
+  }
+  find('form').onsubmit = (event) => {
+    event.preventDefault();
+    localStorage.exten = n.exten = find('#exten').value;
+    query.set('exten', n.exten);
+    history.replaceState(null, '', `?${query}`);
+    find('#hint').textContent = '';
+    offerInstallation();
+  };
+  function showAlerts() {
+    for (const kind of ['notification', 'sound']) {
+      find(`#${kind}`).setAttribute('aria-pressed', n.alert.split(' ').includes(kind));
+    }
+  }
+  async function toggle(kind) {
+    const kinds = new Set(n.alert.split(' '));
+    const isOn = !kinds.delete(kind);
+    if (isOn && kind === 'notification') {
+      const answer = window.isSecureContext ? await n.askPermission() : 'https';
+      const hint = { granted: '', https: say('https') }[answer] ?? say('denied');
+      find('#hint').textContent = hint;
+      if (hint) return;
+    }
+    n.alert = [...(isOn ? kinds.add(kind) : kinds)].join(' ');
+    showAlerts();
+  }
+  find('#notification').onclick = () => toggle('notification');
+  find('#sound').onclick = () => toggle('sound');
+  find('#small').onclick = () => {
+    window.open(location.href, 'popup-notifier', 'popup,width=340,height=640');
+  };
+  find('#small').hidden = window.name === 'popup-notifier';
+  showAlerts();
+
+  // Lets the browser install this page as an application, where it is served by https.
+  function offerInstallation() {
+    const icons = [{ src: find('[rel=icon]').href, sizes: 'any', type: 'image/svg+xml' }];
+    const start_url = `${location.origin}/?exten=${encodeURIComponent(n.exten)}`;
+    const scope = `${location.origin}/`;
+    const name = `popup-notifier ${n.exten}`;
+    const manifest = { name, start_url, scope, display: 'standalone', icons };
+    const link = find('[rel=manifest]') || document.createElement('link');
+    document.head.append(Object.assign(link, { rel: 'manifest' }));
+    link.href = `data:application/manifest+json,${encodeURIComponent(JSON.stringify(manifest))}`;
+  }
+  offerInstallation();
 </script>
+<!-- admin -->
+<script>
+  'use strict';
+  const trial = `phone=0312345678&exten=${n.exten.split(',')[0] || 'all'}&token=SECRET_TOKEN`;
+  find('#curl').textContent = `curl -m 1 -X POST "${location.origin}/api/trigger?${trial}"`;
+  find('#copy').onclick = () => {
+    getSelection().selectAllChildren(find('#curl'));
+    document.execCommand('copy'); // navigator.clipboard needs https
+  };
+  function list(selector, lines) {
+    find(selector).replaceChildren(...lines.map((cells) => {
+      const row = document.createElement('tr');
+      cells.forEach((text) => { row.insertCell().textContent = text; });
+      return row;
+    }));
+  }
+  async function look() {
+    if (!find('#admin').open || document.hidden) return;
+    const answer = await fetch('/status');
+    const { version, count, browsers, refusals, redis, asterisk } = await answer.json();
+    const facts = [`popup-notifier ${version}`, `${count} browsers`];
+    if (redis) facts.push(`Redis ${redis}`);
+    if (asterisk) facts.push(`Asterisk ${asterisk}`);
+    find('#facts').textContent = facts.join('\n');
+    list('#browsers', browsers.map(({ address, extens, origin }) => (
+      [address, extens.join(', ') || say('all'), origin])));
+    list('#refusals', refusals.map(({ time, address, status: code, reason }) => (
+      [clock(time), address, `${code} ${reason}`])));
+  }
+  find('#admin').ontoggle = look;
+  setInterval(look, 5000);
+</script>
+<!-- /admin -->
 """
 
 
-def status_page_policy(page: str) -> str:
+def desk_page(for_admin: bool) -> str:
+    """Return the page, with or without the part for those who may trigger calls."""
+    return DESK_PAGE if for_admin else ADMIN_PART.sub("", DESK_PAGE)
+
+
+@lru_cache(maxsize=2)
+def page_policy(page: str) -> str:
     """Return the Content-Security-Policy that admits the page's own script and style alone."""
 
     def hashes(tag: str) -> str:
@@ -3861,7 +4163,8 @@ def status_page_policy(page: str) -> str:
 
     return (
         f"default-src 'none'; script-src 'self' {hashes('script')}; style-src {hashes('style')}; "
-        "connect-src 'self' ws: wss:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+        "connect-src 'self' ws: wss:; img-src data:; manifest-src data:; base-uri 'none'; "
+        "form-action 'self'; frame-ancestors 'none'"
     )
 
 

@@ -445,6 +445,11 @@ CONFIG_MISTAKES = [
     ("CRMWS_ORIGINS=crm.example.com", 'holds "crm.example.com", no origin'),
     ("CRMWS_ORIGINS=https://crm.example.com/", "no origin like https://crm.example.com (no path)"),
     ("CRMWS_ORIGINS=https://*.*.example.com", "no origin"),
+    ("OPEN_URL=javascript:alert(1)", "is not an address like https://crm.example.com/"),
+    ("OPEN_URL=//crm.example/{phone}", "is not an address like"),
+    ("OPEN_URL=https://{phone}.example/", "is not an address like"),
+    ("OPEN_URL=https://crm.example/a b", "is not an address like"),
+    ("OPEN_URL=https://crm.example/?q={number}", "holds {number}, which is none of {phone},"),
     ("TRUSTED_PROXIES=nginx", 'holds "nginx", no IP address'),
     ("SECRET_TOKEN=t\nCLIENT_PORT=8080", "CLIENT_PORT: 8080 is PORT already"),
     ("SECRET_TOKEN=t\nUSE_SSL=yes", "USE_SSL needs KEY_FILE, which is missing"),
@@ -1362,7 +1367,13 @@ class TestSubscription(unittest.TestCase):
 
     def test_bad_query_is_refused(self) -> None:
         with Daemon() as daemon:
-            for query in ("?since=yesterday", "?since=1", "?exten=" + "1," * 101 + "x" * 65):
+            for query in (
+                "?since=yesterday",
+                "?since=1",
+                "?exten=" + "1," * 101 + "x" * 65,
+                "?since=&last=0",
+                "?since=&last=many",
+            ):
                 with self.subTest(query):
                     answer = daemon.exchange(handshake("/crmws" + query))
                     self.assertEqual(status_of(answer), 400)
@@ -1398,6 +1409,44 @@ class TestRecovery(unittest.TestCase):
                 position = messages[-1]["id"]
                 for number in range(5):
                     daemon.trigger(f"&exten={201 + number % 2}", phone=str(number))
+
+    def test_page_that_begins_with_the_last_calls(self) -> None:
+        with Daemon() as daemon:
+            sent = [(str(number), str(201 + number % 3)) for number in range(9)]
+            for phone, exten in sent:
+                daemon.trigger(f"&exten={exten}", phone=phone)
+            for last, exten in ((100, ""), (4, ""), (2, "202"), (2, "9")):
+                wanted = [phone for phone, each in sent if each in (exten or each, "all")][-last:]
+                query = f"&last={last}" + (f"&exten={exten}" if exten else "")
+                with self.subTest(query), daemon.browser(f"?since={query}") as browser:
+                    hello = browser.hello()
+                    self.assertTrue(hello["complete"])
+                    self.assertEqual(browser.phones(len(wanted)), wanted)
+                    daemon.trigger("&exten=all", phone="x")
+                    sent.append(("x", "all"))
+                    self.assertEqual(browser.phones(1), ["x"])
+                # Who was cut off before the first of them gets the last of all that it missed.
+                with daemon.browser(f"?since={hello['id']}{query}") as browser:
+                    self.assertEqual(browser.hello()["id"], hello["id"])
+                    self.assertEqual(browser.phones(1), ([*wanted, "x"][-last:])[:1])
+
+    def test_pages_hear_of_a_reload(self) -> None:
+        with Daemon(PING_INTERVAL=1) as daemon, daemon.browser("?since=") as browser:
+            hello = browser.hello()
+            self.assertEqual((hello["interval"], "open" in hello), (1, False))
+            url = "https://crm.example/?q={phone}&n={name}"
+            daemon.write_config(PING_INTERVAL=3, OPEN_URL=url)
+            daemon.process.send_signal(signal.SIGHUP)
+            while True:
+                opcode, payload = browser.frame()
+                if opcode == Opcode.PING:
+                    browser.send(Opcode.PONG, payload)
+                elif json.loads(payload).get("open"):
+                    break
+            alive = json.loads(payload)
+            self.assertEqual((alive["type"], alive["interval"], alive["open"]), ("ALIVE", 3, url))
+            with daemon.browser("?since=") as other:
+                self.assertEqual(other.hello()["open"], url)
 
     def test_large_calls_do_not_fill_the_memory(self) -> None:
         body = b"token=%s&phone=1&text=" % TOKEN.encode()
@@ -2194,7 +2243,7 @@ class TestTLS(unittest.TestCase):
             until(lambda: daemon.descriptors() == before, "their descriptors are free")
 
     @needs("chromium")
-    def test_status_page_over_https_in_chromium(self) -> None:
+    def test_desk_over_https_in_chromium(self) -> None:
         public = subprocess.run(
             "openssl x509 -pubkey -noout -in good.pem | openssl pkey -pubin -outform der"
             " | openssl dgst -sha256 -binary | base64",
@@ -3035,9 +3084,26 @@ class TestMonitoring(unittest.TestCase):
         ):
             self.assertIn(f"\npopup_notifier_{line}\n", answer)
 
+    def test_status_for_the_page(self) -> None:
+        head = handshake("/crmws?exten=202,201").replace(
+            b"\r\n\r\n", b"\r\nOrigin: https://crm.example\r\n\r\n"
+        )
+        with Daemon() as daemon, daemon.connect() as sock, daemon.browser():
+            sock.sendall(head)
+            sock.recv(4096)
+            daemon.trigger(token="secret-of-another")
+            answer = daemon.exchange(b"GET /status HTTP/1.1\r\nHost: h\r\n\r\n")
+            status = json.loads(answer.partition(b"\r\n\r\n")[2])
+        self.assertEqual((status["count"], status["redis"]), (2, None))
+        named = {"address": "127.0.0.1", "origin": "https://crm.example"}
+        self.assertIn({**named, "extens": ["201", "202"]}, status["browsers"])
+        (refusal,) = status["refusals"]
+        self.assertEqual(refusal["reason"], "token is not SECRET_TOKEN")
+        self.assertNotIn(b"secret-of-another", answer)
+
     def test_only_for_those_who_may_trigger(self) -> None:
         with Daemon() as daemon:
-            for path in ("/healthz", "/metrics"):
+            for path in ("/healthz", "/metrics", "/status"):
                 request = f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode()
                 self.assertEqual(status_of(daemon.exchange(request, source="127.0.0.2")), 403)
 
@@ -3131,7 +3197,7 @@ class TestServiceManager(unittest.TestCase):
         return daemon.exchange(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n").decode()
 
 
-# --- 12. Status page ---------------------------------------------------------------------------
+# --- 12. The desk ------------------------------------------------------------------------------
 
 
 class TestResources(unittest.TestCase):
@@ -3145,7 +3211,7 @@ class TestResources(unittest.TestCase):
         fields, _, body = answer.partition(b"\r\n\r\n")
         return status_of(answer), fields.decode(), body
 
-    def test_status_page(self) -> None:
+    def test_desk(self) -> None:
         with Daemon() as daemon:
             status, head, body = self.get(daemon, "/")
         self.assertEqual(status, 200)
@@ -3154,6 +3220,16 @@ class TestResources(unittest.TestCase):
         self.assertIn("\r\nX-Content-Type-Options: nosniff", head)
         self.assertIn(b"<title>popup-notifier", body)
         self.assertNotIn("unsafe-inline", head)
+
+    def test_admins_part_of_the_desk_is_for_admins_alone(self) -> None:
+        port = free_port()
+        with Daemon(CRMWS_ALLOW="127.0.0.0/8", CLIENT_PORT=port) as daemon:
+            pages = [self.get(daemon, "/"), self.get(daemon, "/", source="127.0.0.2")]
+            daemon.port, main = port, daemon.port
+            pages.append(self.get(daemon, "/"))  # where /status is not served
+            daemon.port = main
+        self.assertEqual([b"/status" in body for *_, body in pages], [True, False, False])
+        self.assertEqual([b"admin -->" in body for *_, body in pages], [True, False, False])
 
     def test_script(self) -> None:
         with Daemon() as daemon:
@@ -4523,7 +4599,7 @@ def toasts(tab: Tab, count: int) -> list[list[str]]:
 
 
 class BrowserTests(unittest.TestCase):
-    """popup-sample.js and the status page in a real browser; below there is a class for each."""
+    """popup-sample.js and the desk in a real browser; below there is a class for each."""
 
     browser_class: type[WebBrowser]
     browser: WebBrowser
@@ -5180,71 +5256,147 @@ class BrowserTests(unittest.TestCase):
             tab.wait_for(OPEN, 3 * TIMEOUT)
             tab.wait_for(f"{MARK}.textContent === '接続中'")
 
-    # The status page.
+    # The desk.
 
-    def open_status_page(self, daemon: Daemon, lang: str, query: str = "") -> Tab:
-        before = f"""
-            Object.defineProperty(navigator, 'language', {{ value: '{lang}' }});
+    def open_desk(self, daemon: Daemon, query: str = "?exten=201", before: str = "") -> Tab:
+        before += """
             window.violations = [];
-            document.addEventListener('securitypolicyviolation', (event) => {{
+            document.addEventListener('securitypolicyviolation', (event) => {
               violations.push(event.violatedDirective);
-            }});"""
+            });"""
         tab = self.open(f"http://127.0.0.1:{daemon.port}/{query}", before + NO_CHANCE)
         tab.wait_for("document.querySelector('#state').className === 'open'")
         return tab
 
-    def rows(self, tab: Tab, count: int) -> list[list[str]]:
-        tab.wait_for(f"document.querySelectorAll('tbody tr').length === {count}")
-        cells = "[...row.cells].map((cell) => cell.innerText.trim())"
-        rows = tab.evaluate(f"[...document.querySelectorAll('tbody tr')].map((row) => {cells})")
-        return [list(row) for row in rows]
+    def wait_for_rows(self, tab: Tab, *rows: tuple[str, str]) -> None:
+        """Wait for these rows: their states and numbers."""
+        facts = "[row.className, row.querySelector('.number').textContent]"
+        shown = f"[...document.querySelectorAll('#calls tbody tr')].map((row) => {facts})"
+        expected = json.dumps([list(each) for each in rows], separators=(",", ":"))
+        tab.wait_for(f"JSON.stringify({shown}) === {json.dumps(expected)}")
 
-    def test_status_page(self) -> None:
-        for lang, connected, lost, answered in (
-            ("ja", "接続中", "PBX に接続できません", "応答"),
-            ("en", "Connected", "The PBX cannot be reached", "answered"),
+    def test_desk_has_a_row_for_each_call(self) -> None:
+        for lang, missed, states, lost in (
+            ("ja", "不在", ["他で応答", "不在着信", "終了"], "PBX に接続できません"),
+            ("en", "missed", ["Taken by", "Missed call", "Call ended"], "cannot be reached"),
         ):
+            before = f"Object.defineProperty(navigator, 'language', {{ value: '{lang}' }});"
             with self.subTest(lang), Daemon() as daemon:
-                tab = self.open_status_page(daemon, lang)
-                state = "document.querySelector('#state').textContent"
-                self.assertEqual(tab.evaluate(state), connected)
-                example = tab.evaluate("document.querySelector('pre').textContent")
-                self.assertIn(f"127.0.0.1:{daemon.port}/api/trigger?phone=", example)
-                tab.resize(360, 640)
-                daemon.trigger("&exten=201&event=answer&name=" + quote("山田" * 30))
-                daemon.trigger(phone="anonymous")
-                daemon.trigger("&exten=202", phone="")
-                daemon.trigger("&exten=202", phone="1" * 60)
-                rows = self.rows(tab, 3)
-                self.assertRegex(rows[2][0], r"^\d\d:\d\d:\d\d$")
-                self.assertEqual(rows[2][1:], ["0312345678 " + "山田" * 30, f"201 {answered}"])
-                self.assertEqual(rows[1][1:], ["anonymous", "all"])
-                self.assertLessEqual(tab.evaluate("document.documentElement.scrollWidth"), 360)
+                tab = self.open_desk(daemon, before=before)
+                name = quote("<b>山田" * 20)
+                daemon.trigger(f"&exten=201&uniqueid=1.1&event=ring&name={name}", "0312345678")
+                daemon.trigger("&exten=201&uniqueid=1.2&event=ring", "0612345678")
+                self.wait_for_rows(tab, ("ringing", "0612345678"), ("ringing", "0312345678"))
+                spoken = tab.evaluate("document.querySelector('#aloud').textContent")
+                self.assertIn("0612345678", spoken)
+                daemon.trigger("&exten=201&uniqueid=1.1&event=answer", "0312345678")
+                daemon.trigger("&uniqueid=1.2&event=end", "0612345678")
+                self.wait_for_rows(tab, ("missed new", "0612345678"), ("talking", "0312345678"))
+                tab.wait_for(f"document.title === '(1) {missed} – 201'")
+                daemon.trigger("&uniqueid=1.1&event=end", "0312345678")
+                daemon.trigger("&exten=201,202&uniqueid=1.3&event=ring", "1")
+                daemon.trigger("&exten=202&uniqueid=1.3&event=answer", "1")
+                rows = [("elsewhere", "1"), ("missed new", "0612345678"), ("ended", "0312345678")]
+                self.wait_for_rows(tab, *rows)
+                words = "[...document.querySelectorAll('.state')].map((each) => each.textContent)"
+                self.assertEqual(tab.evaluate(words), states)
+                tab.evaluate("dispatchEvent(new Event('focus'))")
+                self.wait_for_rows(tab, rows[0], ("missed", "0612345678"), rows[2])
+                self.assertEqual(tab.evaluate("document.title"), "201")
+                for width in (320, 700):
+                    tab.resize(width, 640)
+                    wide = tab.evaluate("document.documentElement.scrollWidth")
+                    self.assertLessEqual(wide, width)
+                self.assertEqual(tab.evaluate(f"{TOASTS}.length"), 0)
                 daemon.stop()
-                tab.wait_for(f"{state} === '{lost}'", 3 * TIMEOUT)
-                name = tab.evaluate("document.querySelector('#state').className")
-                self.assertEqual(name, "bad")
-                # Firefox looks for an icon, which the policy does not admit.
-                self.assertLessEqual(set(tab.evaluate("violations")), {"img-src"})
-                self.assertEqual(tab.evaluate("document.title"), "! popup-notifier")
+                tab.wait_for(f"document.title.includes('{lost}')", 3 * TIMEOUT)
+                state = tab.evaluate("document.querySelector('#state').className")
+                self.assertEqual((state, tab.evaluate("violations")), ("bad", []))
 
-    def test_status_page_for_one_extension(self) -> None:
+    def test_desk_has_the_calls_of_today_after_a_reload_and_on_another_computer(self) -> None:
+        with Daemon(HISTORY=600) as daemon:
+            daemon.trigger("&exten=201&uniqueid=2.1&event=ring", "1")
+            daemon.trigger("&uniqueid=2.1&event=end", "1")
+            daemon.trigger("&exten=202&uniqueid=2.2&event=ring", "2")
+            tab = self.open_desk(daemon)
+            self.wait_for_rows(tab, ("missed new", "1"))
+            daemon.write_config(HISTORY=0)  # now the page alone remembers it
+            daemon.process.send_signal(signal.SIGHUP)
+            daemon.wait_for_log("configuration reloaded")
+            tab.evaluate("(document.title = 'old', location.reload(), 0)")
+            tab.wait_for("document.title !== 'old' && document.querySelector('#calls tr.new')")
+            self.wait_for_rows(tab, ("missed new", "1"))
+
+    def test_desk_asks_for_the_extension_once(self) -> None:
         with Daemon() as daemon:
-            tab = self.open_status_page(daemon, "en")
+            tab = self.open_desk(daemon, "")
+            self.assertNotEqual(tab.evaluate("document.querySelector('#hint').textContent"), "")
             tab.evaluate("document.querySelector('#exten').value = '201', 1")
-            tab.evaluate("document.querySelector('#exten').focus()")
             tab.press("Enter")
-            tab.wait_for("location.search === '?exten=201' && document.readyState === 'complete'")
-            tab.wait_for("document.querySelector('#state')?.className === 'open'")
-            self.assertEqual(tab.evaluate("document.querySelector('#exten').value"), "201")
-            daemon.trigger("&exten=202", phone="1")
-            daemon.trigger("&exten=201", phone="2")
-            self.assertEqual(self.rows(tab, 1)[0][1:], ["2", "201"])
+            tab.wait_for("location.search === '?exten=201'")
+            daemon.wait_for_log('browser connected.* exten="201"')
+            self.open_desk(daemon, "")
+            daemon.wait_for_log('browser connected.* exten="201"', 2)
+
+    def test_desk_opens_the_page_of_a_caller(self) -> None:
+        url = "https://crm.example/{}?q={{phone}}"
+        link = "document.querySelector('#calls a')?.href"
+        with Daemon(PING_INTERVAL=1, OPEN_URL=url.format("a")) as daemon:
+            tab = self.open_desk(daemon)
+            daemon.trigger("&exten=201", "+81312345678")
+            tab.wait_for(f"{link} === 'https://crm.example/a?q=%2B81312345678'")
+            daemon.write_config(PING_INTERVAL=1, OPEN_URL=url.format("b"))
+            daemon.process.send_signal(signal.SIGHUP)
+            tab.wait_for(f"{link} === 'https://crm.example/b?q=%2B81312345678'")
+
+    def test_desk_alerts_are_switched_on_by_buttons(self) -> None:
+        pressed = "document.querySelector('#{}').getAttribute('aria-pressed') === '{}'"
+        hint = "document.querySelector('#hint').textContent"
+        insecure = "Object.defineProperty(window, 'isSecureContext', { value: false });"
+        with Daemon() as daemon:
+            origin = f"http://127.0.0.1:{daemon.port}"
+            tab = self.open_desk(daemon, before=insecure)
+            tab.evaluate("document.querySelector('#sound').click()")
+            tab.evaluate("document.querySelector('#notification').click()")
+            tab.wait_for(f"{hint}.includes('https')")
+            self.assertTrue(tab.evaluate(pressed.format("sound", "true")))
+            self.assertTrue(tab.evaluate(pressed.format("notification", "false")))
+            for state in ("denied", "granted"):
+                self.browser.permit("notifications", state, origin)
+                tab = self.open_desk(daemon)
+                self.assertTrue(tab.evaluate(pressed.format("sound", "true")))  # is remembered
+                tab.evaluate("document.querySelector('#notification').click()")
+                is_granted = "true" if state == "granted" else "false"
+                tab.wait_for(pressed.format("notification", is_granted))
+                tab.wait_for(f"{hint} {'=' if is_granted == 'true' else '!'}== ''")
+
+    def test_desk_shows_the_admin_how_things_are(self) -> None:
+        with Daemon() as daemon:
+            tab = self.open_desk(daemon)
+            tab.evaluate("document.querySelector('#admin').open = true")
+            tab.wait_for("document.querySelector('#browsers td')?.textContent === '127.0.0.1'")
+            facts = tab.evaluate("document.querySelector('#facts').textContent")
+            self.assertEqual(facts.splitlines()[0], f"popup-notifier {popup_notifier.VERSION}")
+            tab.evaluate("document.querySelector('#copy').click()")
+            example = tab.evaluate("getSelection().toString()")
+            self.assertIn(f"127.0.0.1:{daemon.port}/api/trigger?phone=0312345678&", example)
+            daemon.trigger(token="wrong")
+            refused = "document.querySelector('#refusals')?.textContent.includes('SECRET_TOKEN')"
+            tab.wait_for(refused, 3 * TIMEOUT)
 
 
 @needs("chromium")
 class TestChromium(BrowserTests):
     browser_class = Chromium
+
+    def test_desk_can_be_installed(self) -> None:
+        with Daemon() as daemon:
+            tab = self.open_desk(daemon)
+            assert isinstance(tab, ChromiumTab)
+            errors = tab.call("Page.getInstallabilityErrors")["installabilityErrors"]
+            manifest = tab.call("Page.getAppManifest")
+            self.assertEqual((errors, manifest["errors"]), ([], []))
+            self.assertIn(f"127.0.0.1:{daemon.port}/?exten=201", manifest["data"])
 
     def test_dark_mode(self) -> None:
         with Daemon() as daemon:
@@ -5268,19 +5420,25 @@ class TestChromium(BrowserTests):
             options = {"open": "https://crm.example/search?phone={phone}"}
             tab = self.open(self.site.page(daemon.port, body=body, **options))
             daemon.wait_for_log("browser connected")
-            status_page = self.open_status_page(daemon, "ja")
-            status_page.resize(690, 360)  # so narrow, it shows no popup
+            japanese = "Object.defineProperty(navigator, 'language', { value: 'ja' });"
+            desk = self.open_desk(daemon, before=japanese)
+            desk.resize(820, 380)
             tab.activate()
-            tab.resize(820, 360)
+            tab.resize(820, 470)
             tab.wait_for("!document.hidden")
-            daemon.trigger("&exten=201&name=" + quote("株式会社サンプル 山田様"))
-            daemon.trigger("&exten=202", phone="anonymous")
-            toasts(tab, 2)
-            self.rows(status_page, 2)
-            for each, name, size in (
-                (tab, "popup", (820, 360)),
-                (status_page, "status", (690, 360)),
+            name = quote("株式会社サンプル 山田様")
+            for unique, phone, events in (
+                ("1.1", "0612345678", ("answer", "end")),
+                ("1.2", "anonymous", ("end",)),
+                ("1.3", "09012345678", ("answer",)),
+                ("1.4", "0312345678", ()),
             ):
+                for event in ("ring", *events):
+                    query = f"&exten=201&uniqueid={unique}&event={event}"
+                    daemon.trigger(query + (f"&name={name}" if not events else ""), phone)
+            toasts(tab, 3)
+            desk.wait_for("document.querySelectorAll('#calls tbody tr').length === 4")
+            for each, name, size in ((tab, "popup", (820, 470)), (desk, "desk", (820, 380))):
                 each.activate()
                 each.wait_for("!document.hidden")
                 picture = each.picture()
