@@ -56,6 +56,7 @@ import json
 import logging
 import math
 import os
+import pwd
 import random
 import re
 import resource
@@ -208,14 +209,14 @@ def parse_bool(text: str) -> bool:
     words = {"yes": True, "true": True, "1": True, "on": True}
     words.update({"no": False, "false": False, "0": False, "off": False})
     if text.lower() not in words:
-        raise ValueError("is neither yes nor no")
+        raise ValueError("is neither yes nor no (the Go daemon took it for no)")
     return words[text.lower()]
 
 
 def parse_path(text: str) -> Path:
     """Return an absolute path: the daemon's working directory is nobody's business."""
     if not text.startswith("/"):
-        raise ValueError("is not an absolute path")
+        raise ValueError("is not an absolute path such as /etc/popup-notifier/privkey.pem")
     return Path(text)
 
 
@@ -330,7 +331,8 @@ def parse_network(text: str) -> IPNetwork:
             raise ValueError(f"holds {quote(text)}, no IP address or CIDR network") from None
         raise ValueError(
             f"holds {quote(text)}, whose host bits are set: "
-            f"write {interface.network} for the network or {interface.ip} for the one address"
+            f"write {interface.network} for the network, as the Go daemon took it, "
+            f"or {interface.ip} for the one address"
         ) from None
     if isinstance(network, ipaddress.IPv6Network) and network.network_address.ipv4_mapped:
         bits = max(network.prefixlen - 96, 0)
@@ -379,6 +381,12 @@ def load_config(path: Path) -> tuple[Config, list[str]]:
     config, warnings = parse_config(data, str(path))
     if config.secret_token == SAMPLE_TOKEN:
         warnings.append(f"{path}: SECRET_TOKEN is the sample's: everybody knows it")
+    for name, whom in (
+        ("TRIGGER_ALLOW", "PBX may trigger"),
+        ("CRMWS_ALLOW", "browser may connect"),
+    ):
+        if not getattr(config, name.lower()).networks:
+            warnings.append(f"{path}: {name} names no address: no {whom}")
     if mode & stat.S_IROTH:
         warnings.append(f"{path}: everybody on this machine can read the token: chmod o-r {path}")
     return config, warnings
@@ -388,6 +396,7 @@ def parse_config(data: bytes, source: str) -> tuple[Config, list[str]]:
     """Return what the bytes of a configuration file say, as load_config does."""
     values: dict[str, Any] = {}
     seen: dict[str, int] = {}
+    names: set[str] = set()
     errors: list[str] = []
     warnings: list[str] = []
     for number, name, raw in config_lines(data):
@@ -396,7 +405,7 @@ def parse_config(data: bytes, source: str) -> tuple[Config, list[str]]:
         if raw is None:
             # Only a key is shown: the rest may be a token.
             shown = f"{quote(name)} begins a line that" if key else "the line"
-            errors.append(f"{where}: {shown} is not KEY=value")
+            errors.append(f"{where}: {shown} is not KEY=value; a comment begins with #")
         elif key is None:
             near = difflib.get_close_matches(name.upper(), KEY_BY_NAME, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -407,10 +416,16 @@ def parse_config(data: bytes, source: str) -> tuple[Config, list[str]]:
                     f"{where}: {name} is given again; line {seen[key.name]} does not count"
                 )
             seen[key.name] = number
+            names.add(name)
+            is_quoted = len(raw) > 1 and raw[:1] == raw[-1:] and raw[:1] in b"\"'"
             try:
                 values[key.name.lower()] = parse_value(key, raw)
+                if is_quoted:
+                    warnings.append(f"{where}: {name}: the quotes are part of the value")
             except ValueError as error:
-                errors.append(f"{where}: {name}: {error}")
+                hint = "; write it without quotes" if is_quoted else ""
+                errors.append(f"{where}: {name}: {error}{hint}")
+    warnings += [f"{source}: {difference}" for difference in other_defaults(names)]
     for key in KEYS:
         if key.name not in seen and key.default is None:
             errors.append(f"{source}: {key.name} is missing and has no default")
@@ -423,6 +438,15 @@ def parse_config(data: bytes, source: str) -> tuple[Config, list[str]]:
     return Config(**values), warnings
 
 
+def other_defaults(names: set[str]) -> Iterator[str]:
+    """Yield which missing key meant something else to the Go daemon of two ports (version 2)."""
+    has_client_port = not names.isdisjoint({"CLIENT_PORT", "WSS_PORT"})
+    if not has_client_port and not names.isdisjoint({"HTTP_PORT", "USE_SSL"}):
+        yield "CLIENT_PORT is missing: the Go daemon had browsers at CLIENT_PORT=8990 then"
+    if has_client_port and names.isdisjoint({"PORT", "HTTP_PORT"}):
+        yield "PORT is missing and is 8080: the Go daemon had triggers at PORT=8989 then"
+
+
 def check_tls_keys(config: Config) -> Iterator[str]:
     """Yield what is wrong with the keys that go together."""
     if config.client_port == config.port:
@@ -430,7 +454,7 @@ def check_tls_keys(config: Config) -> Iterator[str]:
     if not config.use_ssl:
         return
     if config.client_port is None:
-        yield "USE_SSL is for CLIENT_PORT, which is missing"
+        yield "USE_SSL is for CLIENT_PORT, which is missing (the Go daemon's was 8990)"
     for name in ("CERT_FILE", "KEY_FILE"):
         if getattr(config, name.lower()) is None:
             yield f"USE_SSL needs {name}, which is missing"
@@ -4171,6 +4195,8 @@ def page_policy(page: str) -> str:
 # --- 13. Command line --------------------------------------------------------------------------
 
 STDERR = 2
+SERVICE_USER = "popup-notifier"  # of popup-notifier.service
+TCP_LISTEN = "0A"  # a state in /proc/net/tcp
 ANY_PAGE = "any web page that is open there can listen, for CRMWS_ORIGINS is empty"
 MAX_FILES = 1 << 20  # open files we ask for at most: some systems have no limit but want one
 BASE_FILES = 16  # descriptors for ourselves: listener, selectors, wakers, log, a file read
@@ -4462,15 +4488,79 @@ class Daemon:
 
 
 def check(path: Path) -> None:
-    """Print what a configuration means; raises ConfigError when it can't be used."""
+    """Print what a configuration means; raises ConfigError when the service can't use it."""
     config, warnings = load_config(path)
     for line in describe_config(config):
         print(line)
     if not config.crmws_origins.patterns:
         warnings.append(ANY_PAGE)
+    user = service_user()
+    warnings += ports_taken(config, user.pw_uid if user else os.geteuid())
     for warning in warnings:
         log.warning("%s", warning)
     load_tls(config)
+    if user and os.geteuid() == 0:
+        files = [path]
+        if config.use_ssl and config.cert_file and config.key_file:
+            files += [config.cert_file, config.key_file]
+        reader = f"user {user.pw_name}, whom the service runs as"
+        unread = [f"{file}: {reader}, cannot read it" for file in unreadable(user, files)]
+        if unread:
+            raise ConfigError(*unread)
+
+
+def service_user() -> pwd.struct_passwd | None:
+    """Return the user that the unit names, if there is one."""
+    try:
+        return pwd.getpwnam(SERVICE_USER)
+    except KeyError:
+        return None
+
+
+def ports_taken(config: Config, own: int) -> Iterator[str]:
+    """Yield which ports a program has that is not our own user's: that would be ourselves."""
+    for name in ("PORT", "CLIENT_PORT"):
+        port = getattr(config, name.lower())
+        for uid in sorted(listeners(port) - {own}) if port else ():
+            yield (
+                f"{name}={port} is in use by a program of another user (uid {uid}): "
+                f"'ss -ltnp sport = :{port}' shows by which"
+            )
+
+
+def listeners(port: int) -> set[int]:
+    """Return the users who listen on a TCP port, by number (proc(5), /proc/net/tcp)."""
+    users = set()
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):  # IPv6 is off
+            for line in Path("/proc/self/net", table).read_text().splitlines()[1:]:
+                _, local, _, state, _, _, _, uid, *_ = line.split()
+                if state == TCP_LISTEN and int(local.rpartition(":")[2], 16) == port:
+                    users.add(int(uid))
+    return users
+
+
+def unreadable(user: pwd.struct_passwd, files: Iterable[Path]) -> list[Path]:
+    """Return those files that a user can't open. Root only, while no thread runs."""
+    groups = os.getgroups()
+    os.setgroups(os.getgrouplist(user.pw_name, user.pw_gid))
+    os.setegid(user.pw_gid)
+    os.seteuid(user.pw_uid)
+    try:
+        return [path for path in files if not can_read(path)]
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(groups)
+
+
+def can_read(path: Path) -> bool:
+    """Tell whether we can open a file, by the modes and lists of all folders above it too."""
+    try:
+        os.close(os.open(path, os.O_RDONLY))
+    except OSError:
+        return False
+    return True
 
 
 def main(args: list[str] | None = None) -> int:

@@ -40,6 +40,7 @@ import unittest
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
+from functools import partial
 from html import escape
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -419,6 +420,20 @@ TRIGGER_ALLOW=127.0.0.1
 CRMWS_ALLOW=127.0.0.1,192.168.0.0/16
 """
 
+# A configuration of the Go daemon's second version, with a port for browsers.
+GO_CONFIG_2 = """
+# トリガー用ポート (HTTP)
+HTTP_PORT=8989
+# クライアント用ポート (WS/WSS)
+WSS_PORT=8990
+USE_SSL=false
+CERT_FILE=/etc/ssl/certs/server.crt
+KEY_FILE=/etc/ssl/private/server.key
+SECRET_TOKEN=mytoken
+TRIGGER_ALLOW=127.0.0.1
+CRMWS_ALLOW=127.0.0.1,192.168.0.0/16
+"""
+
 # (what stands in the file, what the error must say)
 CONFIG_MISTAKES = [
     ("", "SECRET_TOKEN is missing"),
@@ -433,7 +448,10 @@ CONFIG_MISTAKES = [
     ("HTTP_PORT=", 'HTTP_PORT: "" is not'),
     ("LISTEN=localhost", 'LISTEN: "localhost" is not an IP address'),
     ("TRIGGER_ALLOW=10.0.0.300", 'TRIGGER_ALLOW: "10.0.0.300" holds "10.0.0.300", no IP'),
-    ("TRIGGER_ALLOW=192.168.1.5/24", "write 192.168.1.0/24 for the network or 192.168.1.5"),
+    (
+        "TRIGGER_ALLOW=192.168.1.5/24",
+        "write 192.168.1.0/24 for the network, as the Go daemon took it, or 192.168.1.5 for",
+    ),
     ("TRIGGER_ALLOW=127.0.0.1;10.0.0.1", "no IP address or CIDR network"),
     ("CRMWS_ALLOW=::ffff:10.0.0.0/104", "write it as 10.0.0.0/8"),
     ("CRMWS_ALLOW=::ffff:10.0.0.7", "write it as 10.0.0.7/32"),
@@ -441,8 +459,12 @@ CONFIG_MISTAKES = [
     ("PING_INTERVAL=2.5", 'PING_INTERVAL: "2.5" is not'),
     ("MAX_BROWSERS=-1", 'MAX_BROWSERS: "-1" is not'),
     ("HISTORY=1d", 'HISTORY: "1d" is not'),
-    ("USE_SSL=maybe", 'USE_SSL: "maybe" is neither yes nor no'),
-    ("CERT_FILE=cert.pem", 'CERT_FILE: "cert.pem" is not an absolute path'),
+    ("USE_SSL=maybe", 'USE_SSL: "maybe" is neither yes nor no (the Go daemon took it for no)'),
+    ("USE_SSL=", 'USE_SSL: "" is neither yes nor no'),
+    ("CERT_FILE=cert.pem", 'CERT_FILE: "cert.pem" is not an absolute path such as /etc/'),
+    ('PORT="8989"', "from 1 to 65535; write it without quotes"),
+    ("CRMWS_ALLOW='10.0.0.1'", "no IP address or CIDR network; write it without quotes"),
+    ("port 8989", "the line is not KEY=value; a comment begins with #"),
     ("CRMWS_ORIGINS=crm.example.com", 'holds "crm.example.com", no origin'),
     ("CRMWS_ORIGINS=https://crm.example.com/", "no origin like https://crm.example.com (no path)"),
     ("CRMWS_ORIGINS=https://*.*.example.com", "no origin"),
@@ -454,7 +476,10 @@ CONFIG_MISTAKES = [
     ("TRUSTED_PROXIES=nginx", 'holds "nginx", no IP address'),
     ("SECRET_TOKEN=t\nCLIENT_PORT=8080", "CLIENT_PORT: 8080 is PORT already"),
     ("SECRET_TOKEN=t\nUSE_SSL=yes", "USE_SSL needs KEY_FILE, which is missing"),
-    ("SECRET_TOKEN=t\nUSE_SSL=true", "USE_SSL is for CLIENT_PORT, which is missing"),
+    (
+        "SECRET_TOKEN=t\nUSE_SSL=true",
+        "USE_SSL is for CLIENT_PORT, which is missing (the Go daemon's was 8990)",
+    ),
     ("MAX_BROWSERS=many\x07", r'MAX_BROWSERS: "many\x07" is not'),
 ]
 
@@ -488,7 +513,7 @@ class TestConfig(unittest.TestCase):
             ("blanks", b"  PORT = 81 \n\tSECRET_TOKEN=t\n"),
             ("Shift_JIS comment", "# 設定\nPORT=81\nSECRET_TOKEN=t".encode("shift_jis")),
             ("EUC-JP comment", "# 設定\nPORT=81\nSECRET_TOKEN=t".encode("euc_jp")),
-            ("alias", b"HTTP_PORT=81\nSECRET_TOKEN=t"),
+            ("alias", b"HTTP_PORT=81\nSECRET_TOKEN=t\nCLIENT_PORT="),
         ]:
             with self.subTest(label):
                 config, oddities = self.parse(data)
@@ -522,15 +547,47 @@ class TestConfig(unittest.TestCase):
             self.assertNotIn("geheim", str(caught.exception))
 
     def test_oddities_are_warned_of(self) -> None:
-        _, oddities = self.parse("SECRET_TOKEN=t\nPORT=1\nPROT=2\nHTTP_PORT=3\nwhat=4")
+        _, oddities = self.parse("SECRET_TOKEN=t\nPORT=1\nPROT=2\nPORT=3\nwhat=4")
         self.assertEqual(
             oddities,
             [
                 'f:3: "PROT" is not a key and is ignored; did you mean PORT?',
-                "f:4: HTTP_PORT is given again; line 2 does not count",
+                "f:4: PORT is given again; line 2 does not count",
                 'f:5: "what" is not a key and is ignored',
             ],
         )
+
+    def test_quotes_around_a_token_are_warned_of(self) -> None:
+        for sign in ("'", '"'):
+            config, oddities = self.parse(f"SECRET_TOKEN={sign}geheim{sign}")
+            self.assertEqual(config.secret_token, f"{sign}geheim{sign}")
+            self.assertEqual(oddities, ["f:1: SECRET_TOKEN: the quotes are part of the value"])
+        for token in ('"', "'geheim", "a'b'"):
+            self.assertEqual(self.parse(f"SECRET_TOKEN={token}")[1], [])
+
+    def test_configuration_of_the_go_daemon_with_two_ports(self) -> None:
+        config, oddities = self.parse(GO_CONFIG_2)
+        self.assertEqual((config.port, config.client_port), (8989, 8990))
+        self.assertEqual(config.secret_token, "mytoken")
+        self.assertEqual(oddities, [])
+        for word, is_on in (("true", True), ("1", True), ("YES", True), ("false", False)):
+            config, _ = self.parse(GO_CONFIG_2.replace("=false", f"={word}"))
+            self.assertEqual(config.use_ssl, is_on)
+            self.assertEqual(str(config.cert_file), "/etc/ssl/certs/server.crt")
+
+    def test_defaults_of_the_go_daemon_are_named(self) -> None:
+        browsers = "f: CLIENT_PORT is missing: the Go daemon had browsers at CLIENT_PORT=8990 then"
+        triggers = "f: PORT is missing and is 8080: the Go daemon had triggers at PORT=8989 then"
+        for lines, expected in (
+            ("", []),
+            ("PORT=8989", []),
+            ("PORT=8989\nCLIENT_PORT=8990", []),
+            ("HTTP_PORT=8989", [browsers]),
+            ("PORT=8989\nUSE_SSL=false", [browsers]),
+            ("WSS_PORT=8990", [triggers]),
+        ):
+            with self.subTest(lines):
+                self.assertEqual(self.parse(f"SECRET_TOKEN=t\n{lines}")[1], expected)
 
 
 # --- 2. Access lists ---------------------------------------------------------------------------
@@ -3286,16 +3343,15 @@ class TestResources(unittest.TestCase):
 # --- 13. Command line --------------------------------------------------------------------------
 
 
+MINIMUM = "SECRET_TOKEN=t\nTRIGGER_ALLOW=127.0.0.1\nCRMWS_ALLOW=127.0.0.1\n"
+
+
 class TestCommandLine(unittest.TestCase):
     """Start, stop, mistakes."""
 
-    def run_with(self, *args: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    def run_with(self, *args: str, program: Path = PROGRAM) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, str(PROGRAM), *args],
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-            env={**os.environ, **environ},
+            [sys.executable, str(program), *args], capture_output=True, text=True, timeout=TIMEOUT
         )
 
     def fails_with(self, text: str, *args: str) -> None:
@@ -3321,11 +3377,11 @@ class TestCommandLine(unittest.TestCase):
 
     def test_port_in_use(self) -> None:
         with Daemon() as daemon:
-            path = self.config(f"PORT={daemon.port}\nSECRET_TOKEN=t")
+            path = self.config(f"PORT={daemon.port}\n{MINIMUM}")
             self.fails_with(f"port {daemon.port}: Address already in use", "-config", path)
 
     def test_address_that_is_not_here(self) -> None:
-        path = self.config(f"PORT={free_port()}\nSECRET_TOKEN=t\nLISTEN=192.0.2.1")
+        path = self.config(f"PORT={free_port()}\nLISTEN=192.0.2.1\n{MINIMUM}")
         self.fails_with("cannot listen on 192.0.2.1", f"-config={path}")
 
     def test_defaults_of_the_command_line(self) -> None:
@@ -3451,6 +3507,74 @@ class TestCommandLine(unittest.TestCase):
         done = self.run_with("--check", "--config", path)
         self.assertIn("SECRET_TOKEN is the sample's", done.stderr)
         self.assertIn(f"chmod o-r {path}", done.stderr)
+
+    def test_empty_access_lists_are_warned_of(self) -> None:
+        for name, whom in (("TRIGGER_ALLOW", "PBX may trigger"), ("CRMWS_ALLOW", "browser may")):
+            for lines in (MINIMUM.replace(f"{name}=127.0.0.1", ""), f"{MINIMUM}{name}= , \n"):
+                with self.subTest(lines):
+                    path = self.config(lines)
+                    done = self.run_with("--check", "--config", path)
+                    self.assertEqual(done.returncode, 0)
+                    self.assertIn(f"{path}: {name} names no address: no {whom}", done.stderr)
+        done = self.run_with("--check", "--config", self.config(MINIMUM))
+        self.assertNotIn("names no address", done.stderr)
+
+    @needs_root
+    def test_port_of_another_program_is_warned_of(self) -> None:
+        # Our own user's is the daemon itself, so the service's is somebody else here.
+        with patched("p.SERVICE_USER = 'nobody'") as program, Daemon() as daemon:
+            for name, others in (("PORT", ""), ("CLIENT_PORT", f"PORT={free_port()}\n")):
+                path = self.config(f"{MINIMUM}{others}{name}={daemon.port}\n")
+                Path(path).chmod(0o644)
+                Path(path).parent.chmod(0o755)
+                done = self.run_with("--check", "--config", path, program=program)
+                self.assertEqual(done.returncode, 0, done.stderr)
+                self.assertIn(f"{name}={daemon.port} is in use by a program of", done.stderr)
+                self.assertIn("(uid 0)", done.stderr)
+        done = self.run_with("--check", "--config", path, program=program)
+        self.assertNotIn("in use", done.stderr)
+
+    def test_configuration_of_the_go_daemon_runs_as_it_stands(self) -> None:
+        port, client_port = free_port(), free_port()
+        text = GO_CONFIG_2.replace("8989", str(port)).replace("8990", str(client_port))
+        with Daemon(text=text) as daemon:
+            daemon.port = port
+            with daemon.browser(port=client_port) as browser:
+                self.assertEqual(daemon.trigger(token="mytoken"), 200)
+                self.assertEqual(browser.phones(1), ["0312345678"])
+
+    def test_own_port_is_not_warned_of(self) -> None:
+        with patched("p.SERVICE_USER = 'no such user'") as program, Daemon() as daemon:
+            done = self.run_with("--check", "--config", str(daemon.config), program=program)
+            self.assertEqual((done.returncode, "in use" in done.stderr), (0, False))
+
+    @needs_root
+    @needs("openssl")
+    def test_what_the_user_of_the_service_cannot_read_is_a_mistake(self) -> None:
+        with (
+            patched("p.SERVICE_USER = 'nobody'") as program,
+            tempfile.TemporaryDirectory() as name,
+        ):
+            folder = Path(name)
+            tls = Certificates(name).make("one")
+            keys = {"CLIENT_PORT": 8443, "USE_SSL": "yes", **tls}
+            config = Path(self.config(MINIMUM + "".join(f"{k}={v}\n" for k, v in keys.items())))
+            files = [config, *map(Path, tls.values())]
+            for path in [folder, config.parent]:
+                path.chmod(0o755)
+            for path in files:
+                path.chmod(0o644)
+            check = partial(self.run_with, "--check", "--config", str(config), program=program)
+            self.assertEqual(check().returncode, 0)
+            for path in files:
+                path.chmod(0o600)
+                with self.subTest(path.name):
+                    done = check()
+                    self.assertEqual(done.returncode, 1)
+                    self.assertIn(f"{path}: user nobody, whom the service runs as", done.stderr)
+                path.chmod(0o644)
+            folder.chmod(0o700)
+            self.assertEqual(check().returncode, 1)
 
     def test_copied_alone_it_runs(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
