@@ -5588,10 +5588,57 @@ del BrowserTests  # unittest would run it by itself
 # --- Other programs ----------------------------------------------------------------------------
 
 
+def readme_halves() -> list[str]:
+    """Return the README's halves, Japanese and English."""
+    return (HERE / "README.md").read_text().split("\n# English\n")
+
+
+def documents() -> dict[str, tuple[str, str]]:
+    """Return the README and its longer pages by name, each in Japanese and English."""
+    japanese, english = readme_halves()
+    pages = {"README.md": (japanese, english)}
+    for path in sorted((HERE / ".readme").glob("*.ja.md")):
+        name = path.name.removesuffix(".ja.md")
+        pages[name] = path.read_text(), path.with_name(f"{name}.en.md").read_text()
+    return pages
+
+
 def readme_blocks(language: str) -> list[str]:
-    """Return the README's code blocks in a language, of its Japanese half."""
-    text = (HERE / "README.md").read_text().partition("\n# English\n")[0]
+    """Return the code blocks in a language, of the README and then its pages."""
+    text = "".join(japanese for japanese, _ in documents().values())
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def daemon_behind_a_proxy() -> Daemon:
+    """Return a daemon that trusts a proxy as the README has it, and admits one PC behind it."""
+    (trusted,) = (block for block in readme_blocks("ini") if "TRUSTED_PROXIES" in block)
+    key, _, value = trusted.strip().partition("=")
+    assert key == "TRUSTED_PROXIES"
+    # The proxy connects from 127.0.0.1, which is not in the list itself.
+    return Daemon(TRUSTED_PROXIES=value, CRMWS_ALLOW="127.0.0.5")
+
+
+def check_proxy(
+    test: unittest.TestCase, daemon: Daemon, port: int, tls: ssl.SSLContext | None = None
+) -> None:
+    """See that a proxy hands on who is admitted, with calls and the script, and nobody else."""
+    script = b"GET /popup-sample.js HTTP/1.1\r\nHost: crm\r\nConnection: close\r\n\r\n"
+    for source, status, found in (("127.0.0.5", 101, 200), ("127.0.0.6", 403, 403)):
+
+        def connect(source: str = source) -> socket.socket:
+            sock = socket.create_connection(("127.0.0.1", port), TIMEOUT, (source, 0))
+            return tls.wrap_socket(sock, server_hostname="127.0.0.1") if tls else sock
+
+        with test.subTest(port=port, source=source):
+            with connect() as sock:
+                sock.sendall(handshake())
+                test.assertEqual(status_of(sock.recv(4096)), status)
+                if status == 101:
+                    daemon.trigger()
+                    test.assertIn(b"0312345678", sock.recv(4096))
+            with connect() as sock:
+                sock.sendall(script)
+                test.assertEqual(status_of(receive_all(sock)), found)
 
 
 @needs("nginx", "openssl")
@@ -5641,27 +5688,12 @@ class TestNginx(unittest.TestCase):
                 process.terminate()
 
     def test_readme_configuration(self) -> None:
-        (trusted,) = (block for block in readme_blocks("ini") if "TRUSTED_PROXIES" in block)
-        key, _, value = trusted.strip().partition("=")
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             certificates = Certificates(folder)
-            # nginx connects from 127.0.0.1, which is not in the list itself.
-            self.assertEqual(key, "TRUSTED_PROXIES")
-            daemon = stack.enter_context(Daemon(TRUSTED_PROXIES=value, CRMWS_ALLOW="127.0.0.5"))
+            daemon = stack.enter_context(daemon_behind_a_proxy())
             plain, tls = stack.enter_context(self.nginx(folder, certificates, daemon))
-            for port, context in ((plain, None), (tls, certificates.client())):
-                for source, status in (("127.0.0.5", 101), ("127.0.0.6", 403)):
-                    with self.subTest(port=port, source=source):
-                        sock = socket.create_connection(("127.0.0.1", port), TIMEOUT, (source, 0))
-                        if context is not None:
-                            sock = context.wrap_socket(sock, server_hostname="127.0.0.1")
-                        with sock:
-                            sock.sendall(handshake())
-                            answer = sock.recv(4096)
-                            self.assertEqual(status_of(answer), status)
-                            if status == 101:
-                                daemon.trigger()
-                                self.assertIn(b"0312345678", sock.recv(4096))
+            check_proxy(self, daemon, plain)
+            check_proxy(self, daemon, tls, certificates.client())
             daemon.wait_for_log("browser connected: 127.0.0.5", 2)
 
     def test_readme_configuration_for_several_daemons(self) -> None:
@@ -5689,6 +5721,58 @@ class TestNginx(unittest.TestCase):
             self.assertEqual([each.message()["phone"] for each in again], [*"22"])
 
 
+@needs("apache2", "openssl")
+class TestApache(unittest.TestCase):
+    """The README's configuration in a real Apache, in a virtual host with TLS."""
+
+    CONFIG = """
+        ServerName 127.0.0.1
+        ServerRoot {folder}
+        DocumentRoot {folder}
+        PidFile {folder}/apache.pid
+        Mutex file:{folder}
+        ErrorLog {folder}/error.log
+        User nobody
+        Group nogroup
+        {modules}
+        Listen 127.0.0.1:{port}
+        <VirtualHost *:{port}>
+            SSLEngine on
+            SSLCertificateFile {CERT_FILE}
+            SSLCertificateKeyFile {KEY_FILE}
+            {block}
+        </VirtualHost>
+    """
+
+    def test_readme_configuration(self) -> None:
+        (block,) = readme_blocks("apache")
+        (enabled,) = (text for text in readme_blocks("sh") if text.startswith("a2enmod"))
+        # Beside what Debian's own configuration has.
+        names = ["mpm_event", "authz_core", "ssl", *enabled.splitlines()[0].split()[1:]]
+        modules = "\n".join(f"LoadModule {name}_module {self.module(name)}" for name in names)
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            certificates = Certificates(folder)
+            daemon = stack.enter_context(daemon_behind_a_proxy())
+            port = free_port()
+            values = {"folder": folder, "port": port, "modules": modules}
+            block = block.replace("127.0.0.1:8989", f"127.0.0.1:{daemon.port}")
+            config = Path(folder, "apache.conf")
+            config.write_text(
+                self.CONFIG.format(block=block, **values, **certificates.make("apache"))
+            )
+            command = ["apache2", "-f", str(config), "-DFOREGROUND"]
+            process = stack.enter_context(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+            stack.callback(process.terminate)
+            until(lambda: Path(folder, "apache.pid").exists(), "Apache runs")
+            check_proxy(self, daemon, port, certificates.client())
+            daemon.wait_for_log("browser connected: 127.0.0.5")
+
+    @staticmethod
+    def module(name: str) -> str:
+        """Return where Debian keeps a module."""
+        return f"/usr/lib/apache2/modules/mod_{name}.so"
+
+
 @needs("promtool")
 class TestPrometheus(unittest.TestCase):
     """What Prometheus's own tool says of our metrics."""
@@ -5706,6 +5790,25 @@ class TestPrometheus(unittest.TestCase):
             capture_output=True,
         )
         self.assertEqual((done.returncode, done.stdout + done.stderr), (0, b""))
+
+    def test_readme_alerts(self) -> None:
+        with Daemon(REDIS_URL="redis://127.0.0.1:1") as daemon:
+            metrics = daemon.exchange(b"GET /metrics HTTP/1.1\r\nHost: h\r\n\r\n").decode()
+        with tempfile.TemporaryDirectory() as folder:
+            for block in readme_blocks("yaml"):
+                name = re.match(r"# /etc/prometheus/(\S+)\n", block)
+                assert name is not None, block
+                Path(folder, name[1]).write_text(block)
+                for metric in re.findall(r"popup_notifier_\w+", block):
+                    self.assertIn(f"\n# TYPE {metric.removesuffix('_bucket')} ", metrics)
+            done = subprocess.run(
+                ["promtool", "check", "config", "prometheus.yml"],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+            )
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertIn("5 rules found", done.stdout)
 
 
 # --- The files ---------------------------------------------------------------------------------
@@ -5747,58 +5850,100 @@ class TestFiles(unittest.TestCase):
                     key.parse(matched[1])
 
 
-def readme_halves() -> list[str]:
-    """Return the README's halves, Japanese and English."""
-    return (HERE / "README.md").read_text().split("\n# English\n")
-
-
 class TestReadme(unittest.TestCase):
-    """What the README promises, in both languages."""
+    """What the README and its longer pages promise, in both languages."""
 
     BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+    LINES = 300  # in one language
     # Commands that need more than an account, and the lab that runs them.
     RUN_BY = (
-        (r"useradd |install -|systemctl |journalctl |popup-notifier --check", ".ci/systemd"),
+        (
+            r"getent |install -|test -e /usr|ch(grp|mod) |useradd |userdel |rm |cp -a |systemctl "
+            r"|journalctl |popup-notifier --check|ufw |firewall-cmd ",
+            ".ci/systemd",
+        ),
         (r"asterisk -r|\(umask 027; |chgrp asterisk ", ".ci/asterisk"),
+        (r"a2enmod ", "test_popup_notifier.py"),  # its modules are those that Apache gets there
     )
 
     def test_both_languages_say_the_same(self) -> None:
-        halves = readme_halves()
-        self.assertEqual(len(halves), 2)
-        shapes = []
-        for half in halves:
-            text = self.BLOCK.sub("", half)
-            # Headings, tables, lists, steps and pictures, in their order.
-            marks = re.findall(r"^(##+ |\| |- |[0-9]+\. |\*\*[0-9]\. |!\[)", text, re.MULTILINE)
-            pictures = re.findall(r"^!\[.*\]\((.*)\)$", text, re.MULTILINE)
-            shapes.append((self.BLOCK.findall(half), marks, pictures))
-        for japanese, english in zip(*shapes):
-            self.assertEqual(japanese, english)
-        for picture in shapes[0][2]:
-            self.assertTrue((HERE / picture).is_file(), picture)
+        self.assertGreater(len(documents()), 1)
+        for name, languages in documents().items():
+            with self.subTest(name):
+                japanese, english = map(self.shape, languages)
+                for one, other in zip(japanese, english):
+                    self.assertEqual(one, other)
 
-    def test_links_within_it_lead_somewhere(self) -> None:
-        text = self.BLOCK.sub("", (HERE / "README.md").read_text())
+    def shape(self, document: str) -> tuple[list[str], list[str], list[str]]:
+        """Return its code blocks, its headings, tables, lists and steps, and its pictures."""
+        text = self.BLOCK.sub("", document)
+        marks = r"^(##+ |\| |- |[0-9]+\. |\*\*[0-9]\. |!\[|<!-- .*)"
+        pictures = re.findall(r"^!\[.*\]\((.*)\)$", text, re.MULTILINE)
+        return self.BLOCK.findall(document), re.findall(marks, text, re.MULTILINE), pictures
+
+    def test_it_is_read_in_one_sitting(self) -> None:
+        for half in readme_halves():
+            self.assertLessEqual(len(half.splitlines()), self.LINES)
+
+    def test_links_lead_somewhere(self) -> None:
+        for path in [HERE / "README.md", *(HERE / ".readme").glob("*.md")]:
+            text = self.BLOCK.sub("", path.read_text())
+            for target, anchor in re.findall(r"\]\(([^)#:]*)#?([^)]*)\)", text):
+                with self.subTest(path=path.name, target=target, anchor=anchor):
+                    page = path.parent / target if target else path
+                    self.assertTrue(page.is_file())
+                    if anchor:
+                        self.assertIn(anchor, self.anchors(page))
+
+    def anchors(self, page: Path) -> set[str]:
+        """Return the names of a page's headings, as GitHub makes them."""
         names: collections.Counter[str] = collections.Counter()
         anchors = set()
-        for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
-            # As GitHub makes them: the second of a name gets -1.
+        for heading in re.findall(
+            r"^#+ (.*)$", self.BLOCK.sub("", page.read_text()), re.MULTILINE
+        ):
             name = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+            # The second of a name gets -1.
             anchors.add(f"{name}-{names[name]}" if names[name] else name)
             names[name] += 1
-        self.assertLessEqual(set(re.findall(r"\]\(#([^)]+)\)", text)), anchors)
+        return anchors
+
+    def test_pages_are_in_the_language_of_who_links_to_them(self) -> None:
+        for languages in documents().values():
+            for text, other in zip(languages, ("en", "ja")):
+                for target in re.findall(r"\]\(([^)#]*\.md)", text):
+                    # Only the line at the head of a page leads to the other language.
+                    if target.endswith(f".{other}.md"):
+                        self.assertEqual(text.count(target), 1, target)
+                        self.assertIn(f"]({target})", text.splitlines()[2])
 
     def test_every_key_and_default(self) -> None:
-        for half in readme_halves():
+        for page in documents()["reference"]:
             for key in popup_notifier.KEYS:
                 names = f"`{key.name}`" + (f" (`{key.alias}`)" if key.alias else "")
                 default = f"`{key.default}`" if key.default else ""
                 row = rf"^\| {re.escape(names)} \| {re.escape(default)} ?\| [^|]+ \| "
                 row += r"`(\S+)` \| `(\w+)` \|$"
-                matched = re.search(row, half, re.MULTILINE)
+                matched = re.search(row, page, re.MULTILINE)
                 assert matched is not None, names
                 key.parse(matched[1])
                 self.assertEqual(matched[2], "restart" if key.needs_restart else "reload", names)
+
+    def test_every_log_line_is_explained(self) -> None:
+        lines = set()
+        for node in ast.walk(ast.parse(PROGRAM.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("log."):
+                texts = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+                if ast.unparse(node.func) != "log.debug":
+                    lines |= {text for text in texts if isinstance(text, str)}
+        self.assertGreater(len(lines), 20)
+        for page in documents()["operations"]:
+            rows = "".join(re.findall(r"^\| `.*$", page, re.MULTILINE))
+            for line in lines - {"%s"}:  # what is odd about the configuration
+                # Its first words, between the values.
+                words = [part.strip() for part in re.split(r"%\S+|[:;,(]", line)]
+                with self.subTest(line):
+                    self.assertIn(next(part for part in words if len(part) > 3), rows)
 
     def test_every_attribute_of_the_script(self) -> None:
         script = (HERE / "popup-sample.js").read_text()
@@ -5807,7 +5952,7 @@ class TestReadme(unittest.TestCase):
             self.assertEqual(set(re.findall(r"^\| `(data-\w+)`", half, re.MULTILINE)), attributes)
 
     def test_message(self) -> None:
-        shown, _ = map(json.loads, readme_blocks("json"))
+        (shown,) = (json.loads(block) for block in readme_blocks("json") if "CALL_IN" in block)
         with Daemon() as daemon, daemon.browser() as browser:
             daemon.trigger("&exten=201&event=answer")
             own = {name: shown[name] for name in ("id", "key", "time")}
