@@ -3986,6 +3986,8 @@ DESK_PAGE = r"""<!doctype html>
   const find = (selector) => document.querySelector(selector);
   const clock = (time) => new Date(time).toTimeString().slice(0, 5);
   const query = new URLSearchParams(location.search);
+  let kept = {}; // for as long as the page is open, where the browser forbids more
+  try { kept = localStorage; } catch (error) { /* the page works without */ }
 
   document.documentElement.lang = isJapanese ? 'ja' : 'en';
   for (const node of document.querySelectorAll('[data-say]')) {
@@ -3995,7 +3997,7 @@ DESK_PAGE = r"""<!doctype html>
 
   // The calls: a row each, the latest first, changed in place.
   const rows = new Map(); // by uniqueid
-  let lookedAt = Number(localStorage.lookedAt || 0); // ms: missed calls up to here are no news
+  let lookedAt = Number(kept.lookedAt || 0); // ms: missed calls up to here are no news
   let spoken;                                      // the call that a screen reader was told of
   let status = { state: 'connecting', text: '' };
   const isRinging = ({ state }) => state === 'ringing';
@@ -4069,7 +4071,7 @@ DESK_PAGE = r"""<!doctype html>
   // Whoever turns to this window has seen what was missed.
   for (const sign of ['focus', 'pointerdown', 'keydown']) {
     window.addEventListener(sign, () => {
-      lookedAt = localStorage.lookedAt = n.now;
+      lookedAt = kept.lookedAt = n.now;
       draw(n.calls);
     });
   }
@@ -4082,7 +4084,7 @@ DESK_PAGE = r"""<!doctype html>
   }
 
   // What can be set, and is remembered.
-  const remembered = query.get('exten') ?? localStorage.exten;
+  const remembered = query.get('exten') ?? kept.exten;
   const n = PopupNotifier.connect({ exten: remembered || '', history: true, draw, onStatus });
   find('#exten').value = n.exten;
   if (remembered === undefined) {
@@ -4091,7 +4093,8 @@ DESK_PAGE = r"""<!doctype html>
   }
   find('form').onsubmit = (event) => {
     event.preventDefault();
-    localStorage.exten = n.exten = find('#exten').value;
+    n.exten = find('#exten').value;
+    kept.exten = n.exten;
     query.set('exten', n.exten);
     history.replaceState(null, '', `?${query}`);
     find('#hint').textContent = '';
