@@ -2456,7 +2456,8 @@ class Redis:
             [
                 *("redis-server", "--port", str(self.port), "--bind", "127.0.0.1"),
                 *("--unixsocket", self.path, "--dir", self.folder.name, "--save", ""),
-                *("--appendonly", "yes", *self.options),
+                # With everysec it may keep a write to itself while the disk is busy.
+                *("--appendonly", "yes", "--appendfsync", "always", *self.options),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
