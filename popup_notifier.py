@@ -1597,7 +1597,8 @@ class Hub:
     A browser is in one of three groups. Those that keep up get each call as it comes. Those that
     lag have a place in the log; when their socket has room they are sent the next slice from
     there, between new calls, and are not listened to meanwhile: what they say can't add to what
-    they are owed. Those that leave have their Close frame and a moment to hang up.
+    they are owed. One that has heard more from another daemon than this one has read lags, too,
+    and is listened to. Those that leave have their Close frame and a moment to hang up.
 
     Other threads call start, subscribe, admit_arrivals, reconfigure and close, which never wait
     for a browser.
@@ -1624,7 +1625,7 @@ class Hub:
         self._position = self._log.position  # theirs
         self._keeping_up = Audience()
         self._lagging = Audience()
-        self._ahead: dict[Browser, None] = {}  # lag no more, but have heard more than the log has
+        self._ahead: dict[Browser, None] = {}  # of these: have heard more than the log has
         self._pings: DeadlineQueue[Browser] = DeadlineQueue(config.ping_interval)
         self._stalled: DeadlineQueue[Browser] = DeadlineQueue(STALL_TIMEOUT)
         self._leaving: DeadlineQueue[Browser] = DeadlineQueue(CLOSE_TIMEOUT)
