@@ -328,7 +328,9 @@ def parse_network(text: str) -> IPNetwork:
         try:
             interface = ipaddress.ip_interface(text)
         except ValueError:
-            raise ValueError(f"holds {quote(text)}, no IP address or CIDR network") from None
+            raise ValueError(
+                f"holds {quote(text)}, no IP address or CIDR network (a comma between two)"
+            ) from None
         raise ValueError(
             f"holds {quote(text)}, whose host bits are set: "
             f"write {interface.network} for the network, as the Go daemon took it, "
@@ -4497,7 +4499,7 @@ def check(path: Path) -> None:
     for line in describe_config(config):
         print(line)
     if not config.crmws_origins.patterns:
-        warnings.append(ANY_PAGE)
+        warnings.append("CRMWS_ORIGINS is empty: any page open on an admitted PC can listen")
     user = service_user()
     warnings += ports_taken(config, user.pw_uid if user else os.geteuid())
     for warning in warnings:
@@ -4507,10 +4509,12 @@ def check(path: Path) -> None:
         files = [path]
         if config.use_ssl and config.cert_file and config.key_file:
             files += [config.cert_file, config.key_file]
-        reader = f"user {user.pw_name}, whom the service runs as"
-        unread = [f"{file}: {reader}, cannot read it" for file in unreadable(user, files)]
+        reader = f"user {user.pw_name}, whom the service runs as, cannot read it"
+        hint = "give it to that group, with chgrp, and chmod g+r"
+        unread = [f"{file}: {reader}: {hint}" for file in unreadable(user, files)]
         if unread:
             raise ConfigError(*unread)
+    log.info("the configuration can be used")
 
 
 def service_user() -> pwd.struct_passwd | None:

@@ -463,7 +463,7 @@ CONFIG_MISTAKES = [
     ("USE_SSL=", 'USE_SSL: "" is neither yes nor no'),
     ("CERT_FILE=cert.pem", 'CERT_FILE: "cert.pem" is not an absolute path such as /etc/'),
     ('PORT="8989"', "from 1 to 65535; write it without quotes"),
-    ("CRMWS_ALLOW='10.0.0.1'", "no IP address or CIDR network; write it without quotes"),
+    ("CRMWS_ALLOW='10.0.0.1'", "CIDR network (a comma between two); write it without quotes"),
     ("port 8989", "the line is not KEY=value; a comment begins with #"),
     ("CRMWS_ORIGINS=crm.example.com", 'holds "crm.example.com", no origin'),
     ("CRMWS_ORIGINS=https://crm.example.com/", "no origin like https://crm.example.com (no path)"),
@@ -3468,11 +3468,13 @@ class TestCommandLine(unittest.TestCase):
 
     def test_pages_that_may_listen_are_named(self) -> None:
         text = "any web page that is open there can listen, for CRMWS_ORIGINS is empty"
+        warning = "CRMWS_ORIGINS is empty: any page open on an admitted PC can listen"
         for origins, is_said in (("", True), ("https://crm.example", False)):
             with self.subTest(origins), Daemon(CRMWS_ORIGINS=origins) as daemon:
                 self.assertEqual(text in daemon.wait_for_log("listens on")[0], is_said)
                 done = self.run_with("--check", "--config", str(daemon.config))
-                self.assertEqual(text in done.stderr, is_said)
+                self.assertEqual(warning in done.stderr, is_said)
+                self.assertIn("INFO the configuration can be used", done.stderr)
 
     def test_no_name_is_looked_up(self) -> None:
         poison = (
@@ -3532,8 +3534,16 @@ class TestCommandLine(unittest.TestCase):
                 self.assertEqual(done.returncode, 0, done.stderr)
                 self.assertIn(f"{name}={daemon.port} is in use by a program of", done.stderr)
                 self.assertIn("(uid 0)", done.stderr)
-        done = self.run_with("--check", "--config", path, program=program)
-        self.assertNotIn("in use", done.stderr)
+        with patched("p.SERVICE_USER = 'nobody'") as program, socket.create_server(("", 0)) as own:
+            port = own.getsockname()[1]
+            path = self.config(f"{MINIMUM}PORT={port}\n")
+            Path(path).chmod(0o644)
+            Path(path).parent.chmod(0o755)
+            # A connection that outlives its listener takes no port from anybody.
+            with socket.create_connection(("127.0.0.1", port)), own.accept()[0]:
+                own.close()
+                done = self.run_with("--check", "--config", path, program=program)
+        self.assertEqual((done.returncode, "in use" in done.stderr), (0, False))
 
     def test_configuration_of_the_go_daemon_runs_as_it_stands(self) -> None:
         port, client_port = free_port(), free_port()
@@ -3568,11 +3578,12 @@ class TestCommandLine(unittest.TestCase):
             check = partial(self.run_with, "--check", "--config", str(config), program=program)
             self.assertEqual(check().returncode, 0)
             for path in files:
-                path.chmod(0o600)
+                path.chmod(0o640)
                 with self.subTest(path.name):
                     done = check()
                     self.assertEqual(done.returncode, 1)
                     self.assertIn(f"{path}: user nobody, whom the service runs as", done.stderr)
+                    self.assertNotIn("can be used", done.stderr)
                 path.chmod(0o644)
             folder.chmod(0o700)
             self.assertEqual(check().returncode, 1)
