@@ -76,7 +76,7 @@ from functools import lru_cache, partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Generic, NamedTuple, TypeVar, Union
-from urllib.parse import parse_qsl, unquote, unquote_to_bytes, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, unquote_to_bytes, urlsplit
 
 VERSION = "1.1.0"
 DEFAULT_CONFIG = "/usr/local/etc/popup-notifier.conf"
@@ -284,21 +284,25 @@ class RedisURL(NamedTuple):
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def split_url(text: str, default_port: int) -> tuple[SplitResult, str, int]:
+    """Return a URL's parts, its host and its port."""
+    try:
+        url = urlsplit(text)
+        host, port = url.hostname or "", url.port or default_port
+        host.encode("idna")  # as the look-up of the name will do
+    except ValueError:
+        hint = "signs such as / ? # @ : in a password are written in percent form"
+        raise ValueError(f"is not a URL that can be read: {hint}") from None
+    return url, host, port
+
+
 def parse_redis_url(text: str) -> RedisURL:
     """Return what redis://[user:password@]host:port/db, rediss:// or unix:///path?db=0 means."""
     scheme = text.partition("://")[0].lower()
     if scheme not in ("redis", "rediss", "unix"):
         raise ValueError("does not begin with redis://, rediss:// or unix:///")
-    try:
-        url = urlsplit(text)
-        options = dict(
-            parse_qsl(url.query, keep_blank_values=True, strict_parsing=bool(url.query))
-        )
-        host, port = url.hostname or "", url.port or 6379
-        host.encode("idna")  # as the look-up of the name will do
-    except ValueError:
-        hint = "signs such as / ? # @ : in a password are written in percent form"
-        raise ValueError(f"is not a URL that can be read: {hint}") from None
+    url, host, port = split_url(text, 6379)
+    options = dict(parse_qsl(url.query, keep_blank_values=True))
     if scheme == "unix" and (host or not url.path.startswith("/")):
         raise ValueError("is not unix:///path/of/the/socket")
     if scheme != "unix" and not host:
@@ -466,7 +470,8 @@ def describe_config(config: Config) -> Iterator[str]:
     """Yield a line for each key: what it is set to, secrets hidden."""
     for key in KEYS:
         value = getattr(config, key.name.lower())
-        shown = "(hidden)" if key.is_secret and value else value
+        # A URL shows itself without its password.
+        shown = "(hidden)" if key.is_secret and isinstance(value, str) else value
         if isinstance(value, bool):
             shown = "yes" if value else "no"
         yield f"{key.name}={'' if shown is None else shown}"

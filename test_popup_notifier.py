@@ -2816,7 +2816,7 @@ class TestRelay(unittest.TestCase):
                 capture_output=True,
                 text=True,
             )
-            self.assertIn("REDIS_URL=(hidden)\n", done.stdout)
+            self.assertIn(f"REDIS_URL={popup_notifier.parse_redis_url(url)}\n", done.stdout)
             self.assertNotIn(password, done.stdout + done.stderr)
 
     def test_refusal_that_repeats_the_password(self) -> None:
