@@ -2,6 +2,7 @@
 """popup-notifier: a phone rings at the PBX, and every agent's browser shows who is calling.
 
     PBX      -- POST /api/trigger -->  Server --> Stream --> Log --> Hub --frame-->  browsers
+    Asterisk -- manager events ---->  Asterisk --^
     browser  -- GET /crmws --------->  Server --Browser-->  Hub (owns the socket from here on)
 
 Read it from top to bottom:
@@ -16,9 +17,10 @@ Read it from top to bottom:
     8. Server          Connection, Server, RequestHandler, ROUTES
     9. TLS             make_tls_context, begin_tls
     10. Redis          Link, RedisStream
-    11. Monitoring     HubMetrics, RefusalLog, metrics_lines, Supervisor, ServiceManager
-    12. The desk       DESK_PAGE
-    13. Command line   log, limits, signals, main
+    11. Asterisk       Switchboard, ManagerLink, Asterisk
+    12. Monitoring     HubMetrics, RefusalLog, metrics_lines, Supervisor, ServiceManager
+    13. The desk       DESK_PAGE
+    14. Command line   log, limits, signals, main
 
 Of http.server.ThreadingHTTPServer we use the listening socket, and a thread for a request that
 waits for a disk. Every other request is answered by the accepting thread as soon as it is whole: a
@@ -33,6 +35,7 @@ Who may touch what:
     The Hub's thread owns every browser's socket from Hub.subscribe() on: nobody else reads, writes
     or closes it. It takes calls from the Log, which any thread may touch.
     With REDIS_URL two more threads talk to Redis: one reads calls into the Log, one writes them.
+    With AMI_URL one more follows Asterisk's events.
 """
 
 from __future__ import annotations
@@ -95,6 +98,7 @@ IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 #     ProtocolError       this WebSocket connection is failed with `close_code`
 #     RedisError          Redis refused a command
 #       ReplyError        or does not speak its protocol
+#     ManagerError        Asterisk does not let us in, or is none
 
 
 class ConfigError(Exception):
@@ -132,6 +136,10 @@ class RedisError(Exception):
 
 class ReplyError(RedisError):
     """What should be Redis does not answer as Redis does."""
+
+
+class ManagerError(Exception):
+    """Asterisk does not let us in, or what should be Asterisk is none."""
 
 
 def quote(text: str, limit: int = 64) -> str:
@@ -175,6 +183,8 @@ class Config(NamedTuple):
     trusted_proxies: AccessList
     redis_url: RedisURL | None
     open_url: str | None
+    ami_url: ManagerURL | None
+    ami_trunks: Trunks
 
 
 class Key(NamedTuple):
@@ -324,6 +334,44 @@ def parse_redis_url(text: str) -> RedisURL:
     )
 
 
+class ManagerURL(NamedTuple):
+    """Where Asterisk's manager interface is, and as whom we log in."""
+
+    host: str
+    port: int
+    user: str
+    secret: str
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.user}@{host}:{self.port}"
+
+
+def parse_manager_url(text: str) -> ManagerURL:
+    """Return what ami://user:secret@host:port means."""
+    if not text.lower().startswith("ami://"):
+        raise ValueError("does not begin with ami:// (there is no TLS: use 127.0.0.1 or a VPN)")
+    url, host, port = split_url(text, 5038)
+    user, secret = unquote(url.username or ""), unquote(url.password or "")
+    if not (host and user and secret) or url.path.strip("/") or url.query or url.fragment:
+        raise ValueError("is not ami://user:secret@host:port; in a secret / ? # are %2F %3F %23")
+    if not (user + secret).isprintable():
+        raise ValueError("holds a line end or another control character")
+    return ManagerURL(host, port, user, secret)
+
+
+class Trunks(frozenset[str]):
+    """The trunks that calls from outside come in by: provider or PJSIP/provider, in lower case."""
+
+    def __str__(self) -> str:
+        return ",".join(sorted(self))
+
+
+def parse_trunks(text: str) -> Trunks:
+    """Return the trunks that comma-separated names are."""
+    return Trunks(each.strip().lower() for each in text.split(",") if each.strip())
+
+
 def parse_network(text: str) -> IPNetwork:
     """Return one address or network; the error offers what was probably meant."""
     try:
@@ -372,6 +420,8 @@ KEYS = (
     Key("TRUSTED_PROXIES", "", parse_networks),
     Key("REDIS_URL", "", parse_optional(parse_redis_url), is_secret=True, needs_restart=True),
     Key("OPEN_URL", "", parse_optional(parse_open_url)),
+    Key("AMI_URL", "", parse_optional(parse_manager_url), is_secret=True, needs_restart=True),
+    Key("AMI_TRUNKS", "", parse_trunks, needs_restart=True),
 )
 SAMPLE_TOKEN = "mytoken"  # the one that everybody can read in the sample
 KEY_BY_NAME = {name: key for key in KEYS for name in (key.name, key.alias) if name}
@@ -438,7 +488,9 @@ def parse_config(data: bytes, source: str) -> tuple[Config, list[str]]:
         elif key.name not in seen:
             values[key.name.lower()] = key.parse(key.default or "")
     if not errors:
-        errors += [f"{source}: {mistake}" for mistake in check_tls_keys(Config(**values))]
+        config = Config(**values)
+        mistakes = (*check_tls_keys(config), *check_manager_keys(config))
+        errors += [f"{source}: {mistake}" for mistake in mistakes]
     if errors:
         raise ConfigError(*errors)
     return Config(**values), warnings
@@ -464,6 +516,15 @@ def check_tls_keys(config: Config) -> Iterator[str]:
     for name in ("CERT_FILE", "KEY_FILE"):
         if getattr(config, name.lower()) is None:
             yield f"USE_SSL needs {name}, which is missing"
+
+
+def check_manager_keys(config: Config) -> Iterator[str]:
+    """Yield what is wrong with the keys for Asterisk."""
+    if config.ami_url is not None and not config.ami_trunks:
+        example = "AMI_TRUNKS=provider for channels such as PJSIP/provider-0000001a"
+        yield f"AMI_URL needs the names of the trunks that calls come in by: {example}"
+    if config.ami_trunks and config.ami_url is None:
+        yield "AMI_TRUNKS is for AMI_URL, which is missing"
 
 
 def describe_config(config: Config) -> Iterator[str]:
@@ -2484,6 +2545,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.supervisor = supervisor
         self.refusals = refusals
         self.tls = tls  # None: this port speaks plain HTTP
+        self.asterisk: Asterisk | None = None  # for /healthz and /metrics
         self.loop = Loop()
         is_for_browsers = port == config.client_port
         self._routes = {
@@ -2869,17 +2931,22 @@ class RequestHandler:
         redis = hub.stream.status()
         if redis is not None:
             text += f"Redis {redis.state.value}: {redis.reason}\n"
+        if self.server.asterisk is not None:
+            text += f"{self.server.asterisk.status()}\n"
         return serialize_response(HTTPStatus.OK, text)
 
     def handle_metrics(self) -> bytes:
         """Count what happened, for Prometheus: GET /metrics."""
-        text = "\n".join(metrics_lines(self.server.hub, self.server.refusals)) + "\n"
+        server = self.server
+        lines = metrics_lines(server.hub, server.refusals, server.asterisk)
+        text = "\n".join(lines) + "\n"
         fields = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
         return serialize_response(HTTPStatus.OK, text, fields)
 
     def handle_status(self) -> bytes:
         """Tell the admin's part of the page how things are: GET /status."""
-        status = describe_status(self.server.hub, self.server.refusals)
+        server = self.server
+        status = describe_status(server.hub, server.refusals, server.asterisk)
         return serialize_response(HTTPStatus.OK, json.dumps(status), {"Content-Type": JSON})
 
     def handle_desk(self) -> bytes:
@@ -3658,7 +3725,506 @@ class RedisStream:
 Stream = Union[LocalStream, RedisStream]
 
 
-# --- 11. Monitoring ----------------------------------------------------------------------------
+# --- 11. Asterisk ------------------------------------------------------------------------------
+#
+# With AMI_URL the daemon follows the events of Asterisk's manager interface.
+#
+# 1. A PBX has channels, and bridges that connect them. A Local channel is two channels that pass
+#    everything on to each other. The name of a phone's channel says which phone it is.
+# 2. A call from outside begins with a channel of a trunk that comes in and is the first of its
+#    linkedid. It ends with that channel, wherever it was transferred to meanwhile.
+# 3. It rings at a phone that is dialled for it. A phone has it when it is the only one that
+#    bridges connect with the caller. That somebody answered says less: it may be a voicemail, a
+#    phone that has yet to confirm, or the member of a queue who was too late.
+# 4. No event says whether a number is withheld: Asterisk is asked as the call comes in, and all
+#    waits for the answer, AMI_PATIENCE seconds at most.
+# 5. A list of all channels, when the connection begins and every AMI_PERIOD, says what is left.
+#    While the connection is lost calls go on; those that the next list lacks are over, which
+#    after a restart of Asterisk are all.
+# 6. A caller's number may hold line ends, and Asterisk sends them as they are: a stranger can
+#    forge events. So an event must name a channel and its uniqueid as they belong together, which
+#    is longer than a number can be, and answers are known by IDs that nobody can guess.
+
+AMI_TIMEOUT = 5.0  # seconds to connect and to log in
+AMI_PERIOD = 30.0  # seconds between two lists of all channels, which show that the link works, too
+AMI_PATIENCE = (
+    0.5  # seconds that a call may wait until Asterisk says whether its number is withheld
+)
+AMI_DELAYS = (0.5, 30.0)  # seconds between two attempts to connect: the first, the longest
+MAX_CHANNELS = 10_000  # followed at a time; a PBX of 1,000 phones has some 2,000 when all talk
+MAX_MESSAGE_FIELDS = 100  # of a message from Asterisk; the longest have 45
+
+PHONE_CHANNEL = re.compile(r"(PJSIP|SIP|IAX2|DAHDI)/([^/]+)(?:/.+)?-[0-9a-f]+", re.IGNORECASE)
+LOCAL_CHANNEL = re.compile(r"(Local/.+);[12]", re.IGNORECASE)
+ESCAPED = re.compile(r"\\(.)")  # as Asterisk writes quotes and control characters in names
+CHANNEL_DOWN, CHANNEL_RINGING = "0", "5"  # ChannelState: of one that Asterisk makes; it rings
+# FreePBX allows every number to be shown, and keeps in the second what it was before.
+PRESENTATION = ("CALLERID(pres)", "CALLINGNUMPRES_SV")
+# What an account may lack, and what follows from that.
+RIGHTS = {
+    "events": "nobody is told of calls; give it read = call in manager.conf",
+    "Getvar": "withheld numbers are shown; give it write = reporting in manager.conf",
+    "CoreShowChannels": "a broken link ends all calls; give it write = reporting in manager.conf",
+}
+
+
+def caller_number(text: str) -> str:
+    """Return a caller ID as a trigger has it: digits, or what stands in their place."""
+    return re.sub(r"[^0-9+]", "", text) or text.replace("<unknown>", "") or "anonymous"
+
+
+def caller_name(text: str) -> str:
+    """Return the name that a manager event gives."""
+    plain = ESCAPED.sub(lambda match: match[1] if match[1] in "\\\"'?" else " ", text)
+    return plain.replace("<unknown>", "").strip()
+
+
+class ManagerParser:
+    """Makes messages of what Asterisk sends: lines such as `Event: Hangup`, and an empty one."""
+
+    def __init__(self) -> None:
+        self._rest = b""  # the beginning of a line
+        self._message: dict[str, str] = {}
+
+    def receive_data(self, data: bytes) -> list[dict[str, str]]:
+        """Return the messages that are whole now. Lines that are too long or too many are cut."""
+        messages = []
+        *lines, rest = (self._rest + data).split(b"\r\n")
+        self._rest = rest[:MAX_LINE]
+        for line in lines:
+            name, _, value = line.decode("utf-8", "replace").partition(":")
+            if line and len(self._message) < MAX_MESSAGE_FIELDS:
+                self._message.setdefault(name, value.strip())
+            elif not line and self._message:
+                messages.append(self._message)
+                self._message = {}
+        return messages
+
+
+class Channel:
+    """A channel of the PBX."""
+
+    def __init__(self, uniqueid: str, name: str, trunks: Trunks) -> None:
+        self.uniqueid = uniqueid
+        self.name = name
+        self.bridge = ""  # that it is in
+        local = LOCAL_CHANNEL.fullmatch(name)
+        self.pair = local[1] if local else ""  # what both halves of a Local channel are called
+        phone = PHONE_CHANNEL.fullmatch(name)
+        technology, line = phone.groups() if phone else ("", "")
+        self.exten = line  # empty: not a phone, and not a line to the outside either
+        self.is_trunk = not trunks.isdisjoint((line.lower(), f"{technology}/{line}".lower()))
+        self.rings_for: IncomingCall | None = None
+
+
+class IncomingCall:
+    """A call from outside."""
+
+    def __init__(self, uniqueid: str, is_withheld: bool) -> None:
+        self.uniqueid = uniqueid  # of the caller's channel
+        self.linkedid = uniqueid  # that it has now
+        self.is_withheld = is_withheld
+        self.number = self.name = self.did = ""
+        self.is_told = False  # somebody may have it on the screen
+        self.exten = ""  # of the phone that has it
+
+    def describe(self, event: Mapping[str, str]) -> None:
+        """Take over what an event says of the caller: the dialplan may have looked up a name."""
+        self.number = event.get("CallerIDNum", self.number)
+        self.name = event.get("CallerIDName", self.name)
+        self.linkedid = event.get("Linkedid", self.linkedid)
+
+    def trigger(self, event: str, exten: str) -> dict[str, str]:
+        """Return the parameters that tell of it."""
+        told = {
+            "phone": "anonymous" if self.is_withheld else caller_number(self.number),
+            "exten": exten,
+            "event": event,
+            "uniqueid": self.uniqueid,
+            "name": "" if self.is_withheld else caller_name(self.name),
+            "did": self.did,
+        }
+        return {name: value for name, value in told.items() if value}
+
+
+class Switchboard:
+    """Follows the channels of a PBX, and says what there is to tell of calls from outside.
+
+    It has neither connection nor clock: events go in, the parameters of triggers come out. Whether
+    the caller of a channel withholds the number is for `is_withheld` to say.
+    """
+
+    def __init__(self, trunks: Trunks, is_withheld: Callable[[str], bool]) -> None:
+        self.is_deaf = False  # there are new channels, but no events that tell of them
+        self._trunks = trunks
+        self._is_withheld = is_withheld
+        self._channels: dict[str, Channel] = {}  # by uniqueid, the oldest first
+        self._rooms: dict[str, set[Channel]] = {}  # who is in a bridge, or is a Local channel
+        self._calls: dict[str, IncomingCall] = {}  # by the uniqueid of the caller's channel
+        self._listed: dict[str, Mapping[str, str]] = {}  # of the list that is coming
+        self._unheard = -1  # lists with channels that are news; -1: no list has come
+        self._news: list[dict[str, str]] = []
+
+    def receive_event(self, event: Mapping[str, str]) -> list[dict[str, str]]:
+        """Return what there is to tell after an event."""
+        kind = event.get("Event")
+        channel, phone = self._find(event), self._find(event, "Dest")
+        call = self._calls.get(channel.uniqueid) if channel is not None else None
+        if call is not None:
+            call.describe(event)
+        if kind == "Newchannel":
+            self._begin(event)
+        elif kind == "DialBegin" and phone is not None:
+            self._ring(call or self._linked(event.get("DestLinkedid", "")), phone)
+        elif kind == "DialEnd" and phone is not None:
+            phone.rings_for = None
+        elif kind == "BridgeEnter" and channel is not None:
+            # All who are parked share a bridge, and none of them talks to another.
+            is_holding = event.get("BridgeTechnology") == "holding_bridge"
+            self._move(channel, "" if is_holding else event.get("BridgeUniqueid", ""))
+        elif kind == "BridgeLeave" and channel is not None:
+            if channel.bridge == event.get("BridgeUniqueid"):
+                self._move(channel, "")
+        elif kind == "Hangup" and channel is not None:
+            self._remove(channel)
+        elif kind == "CoreShowChannel" and len(self._listed) < MAX_CHANNELS:
+            self._listed[event.get("Uniqueid", "")] = event
+        elif kind == "CoreShowChannelsComplete":
+            self._compare()
+        news, self._news = self._news, []
+        return news
+
+    def disconnect(self) -> None:
+        """Take note that the connection is lost: what channels there are, the next list says."""
+        for known in (self._channels, self._rooms, self._listed):
+            known.clear()
+        self.is_deaf, self._unheard = False, -1
+
+    def _tell(self, call: IncomingCall, event: str, exten: str) -> None:
+        call.is_told = True
+        self._news.append(call.trigger(event, exten))
+
+    def _find(self, event: Mapping[str, str], prefix: str = "") -> Channel | None:
+        """Return the channel that an event is about; None for one that is unknown or forged."""
+        channel = self._channels.get(event.get(f"{prefix}Uniqueid", ""))
+        is_it = channel is not None and channel.name == event.get(f"{prefix}Channel")
+        return channel if is_it else None
+
+    def _linked(self, linkedid: str) -> IncomingCall | None:
+        """Return the call that a linkedid belongs to, perhaps only since a transfer."""
+        linked = (call for call in self._calls.values() if call.linkedid == linkedid)
+        return self._calls.get(linkedid) or next(linked, None)
+
+    def _begin(self, event: Mapping[str, str]) -> None:
+        self._unheard = 0
+        self._add(event)
+        channel = self._find(event)
+        if channel is not None and channel.uniqueid in self._calls:
+            self._calls[channel.uniqueid].did = re.sub(r"[^0-9+]", "", event.get("Exten", ""))
+
+    def _add(self, event: Mapping[str, str]) -> Channel | None:
+        """Return the channel that an event names, if it is new."""
+        uniqueid, name = event.get("Uniqueid"), event.get("Channel")
+        if not uniqueid or not name or uniqueid in self._channels:
+            return None
+        if len(self._channels) >= MAX_CHANNELS:
+            self._remove(next(iter(self._channels.values())))
+        channel = self._channels[uniqueid] = Channel(uniqueid, name, self._trunks)
+        if channel.pair:
+            self._rooms.setdefault(channel.pair, set()).add(channel)
+        is_first = event.get("Linkedid") == uniqueid and uniqueid not in self._calls
+        if channel.is_trunk and is_first and event.get("ChannelState") != CHANNEL_DOWN:
+            call = self._calls[uniqueid] = IncomingCall(uniqueid, self._is_withheld(name))
+            call.describe(event)
+        return channel
+
+    def _remove(self, channel: Channel) -> None:
+        """Forget a channel; with a caller's, the call is over."""
+        self._move(channel, "")
+        self._leave_room(channel, channel.pair)
+        del self._channels[channel.uniqueid]
+        if channel.uniqueid in self._calls:
+            self._end(self._calls[channel.uniqueid])
+
+    def _end(self, call: IncomingCall) -> None:
+        """Tell those who heard of a call that it is over, and forget it."""
+        if call.is_told:
+            self._tell(call, "end", call.exten)
+        del self._calls[call.uniqueid]
+
+    def _leave_room(self, channel: Channel, name: str) -> None:
+        room = self._rooms.get(name, set())
+        room.discard(channel)
+        if not room:
+            self._rooms.pop(name, None)
+
+    def _place(self, channel: Channel, bridge: str) -> None:
+        """Note the bridge that a channel is in now; empty: none."""
+        self._leave_room(channel, channel.bridge)
+        channel.bridge = bridge
+        if bridge:
+            self._rooms.setdefault(bridge, set()).add(channel)
+
+    def _move(self, channel: Channel, bridge: str) -> None:
+        """Place a channel, and look who talks to whom now, also among those it has left."""
+        left = channel.bridge
+        self._place(channel, bridge)
+        for each in (*itertools.islice(self._rooms.get(left, ()), 1), channel):
+            self._settle(each)
+
+    def _settle(self, channel: Channel) -> None:
+        """Tell who has the callers that a channel is connected with, if that is news."""
+        connected, fresh = {channel}, [channel]
+        while fresh:
+            each = fresh.pop()
+            for name in (each.bridge, each.pair):
+                near = self._rooms.get(name, set()) - connected
+                connected |= near
+                fresh += near
+        calls = [self._calls[each.uniqueid] for each in connected if each.uniqueid in self._calls]
+        others = [each for each in connected if each.exten and each.uniqueid not in self._calls]
+        phones = {each.exten for each in others if not each.is_trunk}
+        extens = phones or {each.exten for each in others}
+        for call in calls if len(extens) == 1 else ():
+            # Who was sent out again, to a mobile phone, is gone from the screens that have it.
+            if call.exten not in extens and (phones or call.is_told):
+                (call.exten,) = extens
+                self._tell(call, "answer", call.exten)
+
+    def _ring(self, call: IncomingCall | None, phone: Channel) -> None:
+        """Tell that a phone rings: once, though each of its contacts has a channel."""
+        if call is None or phone.is_trunk or not phone.exten:
+            return
+        ringing = [each for each in self._channels.values() if each.rings_for is call]
+        phone.rings_for = call
+        if phone.exten not in {each.exten for each in ringing}:
+            call.exten = ""  # whoever gets it now is told, if it is the same phone again, too
+            self._tell(call, "ring", phone.exten)
+
+    def _compare(self) -> None:
+        """Let go what the list of all channels lacks, and take in what it has more."""
+        listed, self._listed = self._listed, {}
+        for channel in [each for key, each in self._channels.items() if key not in listed]:
+            self._remove(channel)
+        for call in [each for key, each in self._calls.items() if key not in listed]:
+            self._end(call)
+        known = set(self._calls)
+        added = [(self._add(event), event) for event in listed.values()]
+        missed = [(channel, event) for channel, event in added if channel is not None]
+        for channel, event in missed:
+            self._place(channel, event.get("BridgeId", ""))
+        for channel, _ in missed:
+            self._settle(channel)
+        # Who has a call that began before we listened was told, perhaps, by the daemon that ran
+        # then. That is not told again; what changes and the end are.
+        older = self._calls.keys() - known
+        self._news = [told for told in self._news if told["uniqueid"] not in older]
+        for uniqueid in older:
+            self._calls[uniqueid].is_told = True
+        for channel, event in missed:
+            if event.get("ChannelState") == CHANNEL_RINGING:
+                self._ring(self._linked(event.get("Linkedid", "")), channel)
+        self._unheard += 1 if missed or self._unheard < 0 else 0
+        self.is_deaf = self._unheard > 1
+
+
+class ManagerLink:
+    """A connection to Asterisk's manager interface, logged in. Belongs to one thread."""
+
+    def __init__(self, url: ManagerURL) -> None:
+        self._run = os.urandom(8).hex()  # begins the ID of each action
+        self._count = 0
+        self._parser = ManagerParser()
+        self._kept: list[dict[str, str]] = []  # came while an answer was waited for
+        with contextlib.ExitStack() as stack:
+            self._sock = socket.create_connection((url.host, url.port), AMI_TIMEOUT)
+            stack.callback(self._sock.close)
+            self._check_banner(url)
+            login = self.ask("Login", Username=url.user, Secret=url.secret, Events="call")
+            answers = self.answers([login], AMI_TIMEOUT)
+            if not answers:
+                raise TimeoutError("no answer to the login")
+            if answers[0].get("Response") != "Success":
+                said = quote(answers[0].get("Message", ""))
+                hint = "see secret, permit and deny in manager.conf"
+                raise ManagerError(f"{url} refuses the login: {said}; {hint}")
+            stack.pop_all()
+
+    def close(self) -> None:
+        """Hang up."""
+        self._sock.close()
+
+    def ask(self, action: str, **fields: str) -> str:
+        """Send an action; return the ID that its answers will have."""
+        self._count += 1
+        action_id = f"{self._run}-{self._count}"
+        fields = {"Action": action, "ActionID": action_id, **fields}
+        # Not even a channel's name is trusted to be one line.
+        lines = [re.sub(r"[\r\n]", "", f"{name}: {value}") for name, value in fields.items()]
+        self._sock.settimeout(AMI_TIMEOUT)
+        self._sock.sendall("\r\n".join([*lines, "", ""]).encode())
+        return action_id
+
+    def answers(self, action_ids: list[str], seconds: float) -> list[dict[str, str]]:
+        """Return the answers to actions; some are missing when they don't come in time."""
+        found: list[dict[str, str]] = []
+        deadline = time.monotonic() + seconds
+        while len(found) < len(action_ids) and time.monotonic() < deadline:
+            for message in self._read(deadline - time.monotonic()):
+                is_answer = "Response" in message and message.get("ActionID") in action_ids
+                (found if is_answer else self._kept).append(message)
+        return found
+
+    def receive(self, seconds: float) -> list[dict[str, str]]:
+        """Return the messages that come next; none when nothing comes for so long."""
+        kept, self._kept = self._kept, []
+        return kept or self._read(seconds)
+
+    def _read(self, seconds: float) -> list[dict[str, str]]:
+        self._sock.settimeout(max(seconds, 0.001))
+        try:
+            data = self._sock.recv(READ_SIZE)
+        except socket.timeout:
+            return []
+        if not data:
+            raise ConnectionError("it hung up")
+        return self._parser.receive_data(data)
+
+    def _check_banner(self, url: ManagerURL) -> None:
+        banner = b""
+        with contextlib.suppress(socket.timeout):
+            while b"\n" not in banner and (data := self._sock.recv(MAX_CONTROL)):
+                banner = (banner + data)[:MAX_LINE]
+        if not banner.startswith(b"Asterisk Call Manager/"):
+            said = quote(banner.decode("utf-8", "replace").strip()) if banner else "nothing"
+            raise ManagerError(f"{url} is no manager interface, or has TLS: it says {said}")
+
+
+class AsteriskStatus(NamedTuple):
+    """How the link to Asterisk is, for /healthz and /metrics."""
+
+    is_up: bool
+    since: float  # seconds since 1970
+    reason: str
+    events: int  # that came
+    calls: int  # rings, answers and ends that were told
+
+    def __str__(self) -> str:
+        state = f"Asterisk {'up' if self.is_up else 'away'} since {local_time(int(self.since))}"
+        return f"{state}: {self.reason}, {self.events} events, {self.calls} calls told"
+
+
+class Asterisk:
+    """Publishes the calls of a PBX. All but status() belongs to its thread."""
+
+    def __init__(self, url: ManagerURL, trunks: Trunks, stream: Stream) -> None:
+        self._url = url
+        self._stream = stream
+        self._board = Switchboard(trunks, self._is_withheld)
+        self._status = AsteriskStatus(False, time.time(), f"connecting to {url}", 0, 0)
+        self._has_tried = False
+        self._link: ManagerLink | None = None
+        self._list_id = ""  # of the action whose answer shows that the link works
+        self._refused: set[str] = set()  # rights that are missing, as the log has told
+
+    def status(self) -> AsteriskStatus:
+        """Return how the link is. Any thread."""
+        return self._status
+
+    def run(self) -> None:
+        """Follow one connection after the other."""
+        shortest, longest = AMI_DELAYS
+        delay = shortest
+        while True:
+            began = time.monotonic()
+            try:
+                with contextlib.closing(ManagerLink(self._url)) as self._link:
+                    self._follow(self._link)
+            except (OSError, ManagerError) as error:
+                self._lose(error)
+                if isinstance(error, ManagerError):
+                    delay = longest  # fail2ban counts refused logins
+                elif time.monotonic() - began > longest:
+                    delay = shortest
+            time.sleep(delay * random.uniform(0.5, 1))
+            delay = min(2 * delay, longest)
+
+    def _enter(self, is_up: bool, reason: str) -> None:
+        self._status = self._status._replace(is_up=is_up, since=time.time(), reason=reason)
+        level = logging.INFO if is_up else logging.WARNING
+        log.log(level, "Asterisk is %s: %s", "up" if is_up else "away", reason)
+
+    def _lose(self, error: Exception) -> None:
+        """Take note that there is no link; log why when that is news to an admin."""
+        self._board.disconnect()
+        reason = str(error)
+        if isinstance(error, OSError):
+            reason = f"{self._url} cannot be reached: {error.strerror or error}"
+        is_refusal = isinstance(error, ManagerError) and reason != self._status.reason
+        if self._status.is_up or is_refusal or not self._has_tried:
+            self._enter(False, reason)
+        self._has_tried = True
+
+    def _follow(self, link: ManagerLink) -> None:
+        """Take in what comes, until the link breaks or Asterisk is silent."""
+        self._enter(True, f"logged in as {self._url}")
+        self._refused.clear()
+        self._list_id, due = "", time.monotonic()
+        while True:
+            if time.monotonic() >= due:
+                if self._list_id:
+                    raise TimeoutError(f"no answer for {AMI_PERIOD:g} seconds")
+                may_list = "CoreShowChannels" not in self._refused
+                self._list_id = link.ask("CoreShowChannels" if may_list else "Ping")
+                due = time.monotonic() + AMI_PERIOD
+            for message in link.receive(due - time.monotonic()):
+                self._take(message)
+
+    def _take(self, message: Mapping[str, str]) -> None:
+        """Take in an event, or what answers the last list."""
+        is_list = bool(self._list_id) and message.get("ActionID") == self._list_id
+        kind = message.get("Event", "")
+        if is_list and message.get("Message") == "Permission denied":
+            self._warn("CoreShowChannels")
+            message, kind = {"Event": "CoreShowChannelsComplete"}, "CoreShowChannelsComplete"
+        if is_list and (kind == "CoreShowChannelsComplete" or "Ping" in message):
+            self._list_id = ""
+        if kind and (is_list or not kind.startswith("CoreShowChannel")):
+            news = self._board.receive_event(message)
+            self._status = self._status._replace(events=self._status.events + 1)
+            for parameters in news:
+                self._publish(parameters)
+        if self._board.is_deaf:
+            self._warn("events")
+
+    def _is_withheld(self, channel: str) -> bool:
+        """Ask Asterisk whether a caller withholds the number."""
+        if self._link is None or "Getvar" in self._refused:
+            return False
+        ask = partial(self._link.ask, "Getvar", Channel=channel)
+        answers = self._link.answers([ask(Variable=each) for each in PRESENTATION], AMI_PATIENCE)
+        if any(each.get("Message") == "Permission denied" for each in answers):
+            self._warn("Getvar")
+        values = [each.get("Value", "") for each in answers]
+        return any(value and not value.startswith("allowed") for value in values)
+
+    def _warn(self, right: str) -> None:
+        """Log once that the account lacks a right."""
+        if right not in self._refused:
+            self._refused.add(right)
+            log.warning("Asterisk refuses %s to %s: %s", right, self._url, RIGHTS[right])
+
+    def _publish(self, parameters: Mapping[str, str]) -> None:
+        try:
+            checked = check_parameters(parameters.items())
+        except RequestError as error:
+            log.warning("Asterisk told of a call that cannot be: %s", error)
+        else:
+            self._status = self._status._replace(calls=self._status.calls + 1)
+            self._stream.publish(checked, "asterisk", lambda: None)
+
+
+# --- 12. Monitoring ----------------------------------------------------------------------------
 #
 # How the daemon is: for Prometheus, for whoever reads the log, and for systemd. RefusalLog and
 # Supervisor may be used by any thread; the Hub's alone counts in HubMetrics.
@@ -3737,7 +4303,7 @@ class RefusalLog:
                 log.warning("refused: %s %d, %d times more", address, status, more)
 
 
-def metrics_lines(hub: Hub, refusals: RefusalLog) -> Iterator[str]:
+def metrics_lines(hub: Hub, refusals: RefusalLog, asterisk: Asterisk | None) -> Iterator[str]:
     """Yield the metrics in Prometheus's text format."""
 
     def metric(name: str, kind: str, text: str, *samples: tuple[str, float]) -> Iterator[str]:
@@ -3778,9 +4344,18 @@ def metrics_lines(hub: Hub, refusals: RefusalLog) -> Iterator[str]:
         yield from metric(
             "redis_lost_calls_total", "counter", "Never got there.", ("", redis.lost)
         )
+    if asterisk is not None:
+        link = asterisk.status()
+        states = [('{state="up"}', int(link.is_up)), ('{state="away"}', int(not link.is_up))]
+        yield from metric("asterisk", "gauge", "How Asterisk is: 1 for what holds.", *states)
+        yield from metric("asterisk_events_total", "counter", "It sent.", ("", link.events))
+        text = "Rings, answers and ends that it told of."
+        yield from metric("asterisk_calls_total", "counter", text, ("", link.calls))
 
 
-def describe_status(hub: Hub, refusals: RefusalLog) -> dict[str, object]:
+def describe_status(
+    hub: Hub, refusals: RefusalLog, asterisk: Asterisk | None
+) -> dict[str, object]:
     """Return how the daemon is, for an admin who looks at its page."""
     redis = hub.stream.status()
     browsers = [
@@ -3797,7 +4372,8 @@ def describe_status(hub: Hub, refusals: RefusalLog) -> dict[str, object]:
         "count": hub.count(),
         "browsers": browsers,
         "refusals": refusals.latest(),
-        "redis": None if redis is None else f"{redis.state.value}: {redis.reason}",
+        "redis": None if redis is None else f"Redis {redis.state.value}: {redis.reason}",
+        "asterisk": None if asterisk is None else str(asterisk.status()),
     }
 
 
@@ -3872,7 +4448,7 @@ class ServiceManager:
                 log.warning("cannot tell systemd %s: %s", lines[0], error.strerror)
 
 
-# --- 12. The desk ------------------------------------------------------------------------------
+# --- 13. The desk ------------------------------------------------------------------------------
 #
 # GET / for an agent whose CRM can't be edited: a row for each call of today, drawn from the plain
 # data of popup-sample.js; and below, for the admin, how the daemon is. The page stands in here
@@ -4167,9 +4743,7 @@ DESK_PAGE = r"""<!doctype html>
     const answer = await fetch('/status');
     const { version, count, browsers, refusals, redis, asterisk } = await answer.json();
     const facts = [`popup-notifier ${version}`, `${count} browsers`];
-    if (redis) facts.push(`Redis ${redis}`);
-    if (asterisk) facts.push(`Asterisk ${asterisk}`);
-    find('#facts').textContent = facts.join('\n');
+    find('#facts').textContent = [...facts, redis, asterisk].filter(Boolean).join('\n');
     list('#browsers', browsers.map(({ address, extens, origin }) => (
       [address, extens.join(', ') || say('all'), origin])));
     list('#refusals', refusals.map(({ time, address, status: code, reason }) => (
@@ -4203,7 +4777,7 @@ def page_policy(page: str) -> str:
     )
 
 
-# --- 13. Command line --------------------------------------------------------------------------
+# --- 14. Command line --------------------------------------------------------------------------
 
 STDERR = 2
 SERVICE_USER = "popup-notifier"  # of popup-notifier.service
@@ -4389,6 +4963,10 @@ class Daemon:
         self.hub = Hub(self.config, max_browsers, self.stream)
         refusals = RefusalLog()
         self.servers = [self._listen(port, refusals, context) for port, context in ports]
+        if self.config.ami_url is not None:
+            asterisk = Asterisk(self.config.ami_url, self.config.ami_trunks, self.stream)
+            for server in self.servers:
+                server.asterisk = asterisk
 
     def _load(self) -> Config:
         """Return the configuration; log what is odd."""
@@ -4419,6 +4997,8 @@ class Daemon:
         signal.signal(signal.SIGHUP, lambda *_: main.loop.call_soon(self.reload))
         self.hub.start(self.supervisor)
         self.stream.start(self.supervisor, self.hub.deliver)
+        if main.asterisk is not None:
+            self.supervisor.run("asterisk", main.asterisk.run)
         for server in others:
             self.supervisor.run("clients", server.serve_forever, server.loop)
         self.supervisor.watch("main", main.loop)

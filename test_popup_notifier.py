@@ -47,6 +47,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Callable, ClassVar, NamedTuple, cast
+from unittest import mock
 from urllib.parse import quote
 
 import popup_notifier
@@ -3114,7 +3115,876 @@ def waiting_calls(daemon: Daemon) -> float:
     return redis_metrics(daemon)["redis_waiting_calls"]
 
 
-# --- 11. Monitoring ----------------------------------------------------------------------------
+# --- 11. Asterisk ------------------------------------------------------------------------------
+
+# What Asterisk 22 sent of real calls, and 16 where it is said, in the order in which it came. A
+# channel is called by its name without PJSIP/, which is its uniqueid here, too; `of` is followed
+# by its linkedid where that changes; the letter is a bridge. (what it is, events, what is told)
+RECORDED = [
+    (
+        "direct",
+        """
+        new provider-1, new 201-2 of provider-1, dial provider-1 201-2, dialled provider-1 201-2,
+        enter 201-2 a, enter provider-1 a, leave provider-1 a, leave 201-2 a, hangup provider-1,
+        hangup 201-2
+        """,
+        "ring 201, answer 201, end 201",
+    ),
+    (
+        "caller gives up",
+        """
+        new provider-1, new 201-2 of provider-1, dial provider-1 201-2, dialled provider-1 201-2,
+        hangup 201-2, hangup provider-1
+        """,
+        "ring 201, end",
+    ),
+    (
+        "group",
+        """
+        new provider-1, new 201-2 of provider-1, new 202-3 of provider-1, dial provider-1 201-2,
+        dial provider-1 202-3, dialled provider-1 201-2, dialled provider-1 202-3, hangup 201-2,
+        enter 202-3 a, enter provider-1 a, leave provider-1 a, leave 202-3 a, hangup 202-3, hangup
+        provider-1
+        """,
+        "ring 201, ring 202, answer 202, end 202",
+    ),
+    (
+        "queue, both members answer",
+        """
+        new provider-1, new Local/201-2;1 of provider-1, new Local/201-2;2 of provider-1, dial
+        provider-1 Local/201-2;1, new Local/202-3;1 of provider-1, new Local/202-3;2 of
+        provider-1, dial provider-1 Local/202-3;1, new 202-4 of provider-1, new 201-5 of
+        provider-1, dial Local/202-3;2 202-4, dial Local/201-2;2 201-5, dialled Local/202-3;2
+        202-4, dialled provider-1 Local/202-3;1, dialled provider-1 Local/201-2;1, dialled
+        provider-1 Local/201-2;1, dialled Local/201-2;2 201-5, hangup Local/201-2;2, hangup
+        Local/201-2;1, enter 202-4 a, enter Local/202-3;2 a, hangup 201-5, enter Local/202-3;1 b,
+        enter provider-1 b, leave provider-1 b, hangup provider-1, leave Local/202-3;1 b, hangup
+        Local/202-3;1, leave Local/202-3;2 a, hangup Local/202-3;2, leave 202-4 a, hangup 202-4
+        """,
+        "ring 202, ring 201, answer 202, end 202",
+    ),
+    (
+        "the same on Asterisk 16",
+        """
+        new provider-1, new Local/201-2;1 of provider-1, new Local/201-2;2 of provider-1, dial
+        provider-1 Local/201-2;1, new Local/202-3;1 of provider-1, new Local/202-3;2 of
+        provider-1, dial provider-1 Local/202-3;1, new 201-4 of provider-1, dial Local/201-2;2
+        201-4, new 202-5 of provider-1, dial Local/202-3;2 202-5, dialled Local/201-2;2 201-4,
+        enter 201-4 a, dialled provider-1 Local/201-2;1, dialled provider-1 Local/202-3;1, dialled
+        provider-1 Local/202-3;1, hangup Local/202-3;1, dialled Local/202-3;2 202-5, hangup
+        Local/202-3;2, enter Local/201-2;1 b, enter Local/201-2;2 a, enter provider-1 b, hangup
+        202-5, leave provider-1 b, leave Local/201-2;1 b, hangup Local/201-2;1, hangup provider-1,
+        leave Local/201-2;2 a, leave 201-4 a, hangup Local/201-2;2, hangup 201-4
+        """,
+        "ring 201, ring 202, answer 201, end 201",
+    ),
+    (
+        "Local channels that go away",
+        """
+        new provider-1, new Local/202-2;1 of provider-1, new Local/202-2;2 of provider-1, new
+        Local/203-3;1 of provider-1, new Local/203-3;2 of provider-1, dial provider-1
+        Local/202-2;1, dial provider-1 Local/203-3;1, new 203-4 of provider-1, dial Local/203-3;2
+        203-4, new 202-5 of provider-1, dial Local/202-2;2 202-5, dialled Local/203-3;2 203-4,
+        dialled provider-1 Local/202-2;1, hangup Local/202-2;1, dialled provider-1 Local/203-3;1,
+        enter 203-4 a, dialled Local/202-2;2 202-5, hangup Local/202-2;2, hangup 202-5, enter
+        Local/203-3;2 a, enter Local/203-3;1 b, enter provider-1 b, leave provider-1 b, leave
+        Local/203-3;1 b, hangup Local/203-3;1, leave Local/203-3;2 a, hangup Local/203-3;2, leave
+        203-4 a, hangup 203-4, hangup provider-1
+        """,
+        "ring 203, ring 202, answer 203, end 203",
+    ),
+    (
+        "follow-me",
+        """
+        new provider-1, new Local/202-2;1 of provider-1, new Local/202-2;2 of provider-1, dial
+        provider-1 Local/202-2;1, new 202-3 of provider-1, dial Local/202-2;2 202-3, dialled
+        Local/202-2;2 202-3, enter 202-3 a, dialled provider-1 Local/202-2;1, enter Local/202-2;2
+        a, enter Local/202-2;1 b, enter provider-1 b, leave provider-1 b, leave Local/202-2;1 b,
+        hangup Local/202-2;1, leave Local/202-2;2 a, leave 202-3 a, hangup Local/202-2;2, hangup
+        202-3, hangup provider-1
+        """,
+        "ring 202, answer 202, end 202",
+    ),
+    (
+        "follow-me on Asterisk 16",
+        """
+        new provider-1, new Local/202-2;1 of provider-1, new Local/202-2;2 of provider-1, dial
+        provider-1 Local/202-2;1, new 202-3 of provider-1, dial Local/202-2;2 202-3, enter
+        Local/202-2;1 a, enter provider-1 a, dialled Local/202-2;2 202-3, dialled - Local/202-2;1,
+        enter 202-3 b, enter Local/202-2;2 b, leave provider-1 a, leave Local/202-2;1 a, hangup
+        provider-1, hangup Local/202-2;1, leave Local/202-2;2 b, hangup Local/202-2;2, leave 202-3
+        b, hangup 202-3
+        """,
+        "ring 202, answer 202, end 202",
+    ),
+    (
+        "forwarding",
+        """
+        new provider-1, new 201-2 of provider-1, dial provider-1 201-2, new Local/203-3;1 of
+        provider-1, new Local/203-3;2 of provider-1, dialled provider-1 201-2, new 203-4 of
+        provider-1, dial provider-1 Local/203-3;1, hangup 201-2, dial Local/203-3;2 203-4, dialled
+        Local/203-3;2 203-4, dialled provider-1 Local/203-3;1, enter 203-4 a, enter Local/203-3;2
+        a, enter Local/203-3;1 b, enter provider-1 b, leave provider-1 b, leave Local/203-3;1 b,
+        hangup Local/203-3;1, leave Local/203-3;2 a, hangup Local/203-3;2, leave 203-4 a, hangup
+        203-4, hangup provider-1
+        """,
+        "ring 201, ring 203, answer 203, end 203",
+    ),
+    (
+        "blind transfer",
+        """
+        new provider-1, new 201-2 of provider-1, dial provider-1 201-2, dialled provider-1 201-2,
+        enter 201-2 a, enter provider-1 a, leave 201-2 a, leave provider-1 a, hangup 201-2, new
+        203-3 of provider-1, dial provider-1 203-3, dialled provider-1 203-3, enter 203-3 b, enter
+        provider-1 b, leave provider-1 b, leave 203-3 b, hangup provider-1, hangup 203-3
+        """,
+        "ring 201, answer 201, ring 203, answer 203, end 203",
+    ),
+    (
+        "attended transfer",
+        """
+        new provider-1, new 201-2 of provider-1, dial provider-1 201-2, dialled provider-1 201-2,
+        enter 201-2 a, enter provider-1 a, new 201-3, new 203-4 of 201-3, dial 201-3 203-4,
+        dialled 201-3 203-4, enter 203-4 b, enter 201-3 b, leave provider-1 a, leave 201-3 b,
+        enter provider-1 b, leave 201-2 a, hangup 201-2, hangup 201-3, leave provider-1 b, leave
+        203-4 b of provider-1, hangup 203-4, hangup provider-1
+        """,
+        "ring 201, answer 201, answer 203, end 203",
+    ),
+    (
+        "attended transfer into an older call",
+        """
+        new 203-1, new 201-2 of 203-1, dial 203-1 201-2, dialled 203-1 201-2, new provider-3, new
+        201-4 of provider-3, enter 201-2 a, enter 203-1 a, dial provider-3 201-4, dialled
+        provider-3 201-4, enter 201-4 b, enter provider-3 b, leave provider-3 b, leave 201-2 a,
+        enter provider-3 a of 203-1, leave 201-4 b, hangup 201-2, hangup 201-4, leave provider-3
+        a, leave 203-1 a, hangup 203-1, hangup provider-3
+        """,
+        "ring 201, answer 201, answer 203, end 203",
+    ),
+    (
+        "pick-up",
+        """
+        new provider-1, new 201-2 of provider-1, dial provider-1 201-2, new 203-3, dialled
+        provider-1 203-3, hangup 201-2, enter 203-3 a, enter provider-1 a, leave provider-1 a,
+        leave 203-3 a of provider-1, hangup provider-1, hangup 203-3
+        """,
+        "ring 201, answer 203, end 203",
+    ),
+    (
+        "parking and retrieval",
+        """
+        new provider-1, new 201-2 of provider-1, dial provider-1 201-2, dialled provider-1 201-2,
+        enter 201-2 a, enter provider-1 a, leave provider-1 a, enter provider-1 b-holding, leave
+        201-2 a, hangup 201-2, new 202-3, leave provider-1 b-holding, enter provider-1 c, enter
+        202-3 c of provider-1, leave provider-1 c, hangup provider-1, leave 202-3 c, hangup 202-3
+        """,
+        "ring 201, answer 201, answer 202, end 202",
+    ),
+    (
+        "voicemail",
+        """
+        new provider-1, new 201-2 of provider-1, dial provider-1 201-2, dialled provider-1 201-2,
+        hangup 201-2, hangup provider-1
+        """,
+        "ring 201, end",
+    ),
+    (
+        "menu without a phone",
+        """
+        new provider-1, hangup provider-1
+        """,
+        "",
+    ),
+    (
+        "internal",
+        """
+        new 201-1, new 202-2 of 201-1, dial 201-1 202-2, dialled 201-1 202-2, enter 202-2 a, enter
+        201-1 a, leave 201-1 a, hangup 201-1, leave 202-2 a, hangup 202-2
+        """,
+        "",
+    ),
+    (
+        "outgoing",
+        """
+        new 201-1, new provider-2 of 201-1, dial 201-1 provider-2, dialled 201-1 provider-2, enter
+        provider-2 a, enter 201-1 a, leave 201-1 a, leave provider-2 a, hangup 201-1, hangup
+        provider-2
+        """,
+        "",
+    ),
+    (
+        "out again to a mobile phone",
+        """
+        new provider-1, new provider-2 of provider-1, dial provider-1 provider-2, dialled
+        provider-1 provider-2, enter provider-2 a, enter provider-1 a, leave provider-1 a, leave
+        provider-2 a, hangup provider-1, hangup provider-2
+        """,
+        "",
+    ),
+]
+
+# (URL, host, port, user, secret)
+GOOD_MANAGER_URLS = [
+    ("ami://popup:secret@127.0.0.1", "127.0.0.1", 5038, "popup", "secret"),
+    ("AMI://u:p%40%2F%25%3A@[::1]:7/", "::1", 7, "u", "p@/%:"),
+]
+
+BAD_MANAGER_URLS = [
+    ("127.0.0.1:5038", "does not begin with ami://"),
+    ("amis://u:geheim@h", "there is no TLS"),
+    ("ami://u:geheim", "is not a URL that can be read"),
+    ("ami://h", "is not ami://user:secret@host:port"),
+    ("ami://geheim@h", "is not ami://user:secret@host:port"),
+    ("ami://u:geheim@h/geheim", "is not ami://user:secret@host:port"),
+    ("ami://u:ge#heim@h", "percent form"),
+    ("ami://u:geheim@h:x", "percent form"),
+    ("ami://u:geheim%0d%0aAction:%20Logoff@h", "a line end"),
+    ("ami://u%0a:geheim@h", "a line end"),
+]
+
+
+class TestManagerURL(unittest.TestCase):
+    """AMI_URL and AMI_TRUNKS."""
+
+    def parse(self, text: str) -> popup_notifier.Config:
+        return parse_config(f"SECRET_TOKEN=t\n{text}".encode(), "f")[0]
+
+    def test_good(self) -> None:
+        for text, *expected in GOOD_MANAGER_URLS:
+            with self.subTest(text):
+                self.assertEqual([*popup_notifier.parse_manager_url(text)], expected)
+
+    def test_bad_is_a_mistake_in_the_configuration_that_shows_no_secret(self) -> None:
+        for text, expected in BAD_MANAGER_URLS:
+            with self.subTest(text), self.assertRaises(ConfigError) as caught:
+                self.parse(f"AMI_TRUNKS=p\nAMI_URL={text}")
+            self.assertIn("f:3: AMI_URL: ", str(caught.exception))
+            self.assertIn(expected, str(caught.exception))
+            self.assertNotIn("heim", str(caught.exception))
+
+    def test_one_without_the_other(self) -> None:
+        with self.assertRaisesRegex(ConfigError, "AMI_URL needs .* AMI_TRUNKS=provider for"):
+            self.parse("AMI_URL=ami://u:p@h")
+        with self.assertRaisesRegex(ConfigError, "AMI_TRUNKS is for AMI_URL, which is missing"):
+            self.parse("AMI_TRUNKS=provider")
+
+    def test_check_says_as_what_and_where(self) -> None:
+        config = self.parse("AMI_URL=ami://u:geheim@[::1]\nAMI_TRUNKS= B-2, a")
+        lines = [*popup_notifier.describe_config(config)]
+        self.assertIn("AMI_URL=u@[::1]:5038", lines)
+        self.assertIn("AMI_TRUNKS=a,b-2", lines)
+
+
+class TestManagerParser(unittest.TestCase):
+    """The manager interface's messages, by bytes."""
+
+    STREAM = b"Event: A\r\nX:  y: z \r\nX: again\r\nEmpty: \r\n\r\n\r\nNo colon\r\n\r\n"
+    MESSAGES: ClassVar = [{"Event": "A", "X": "y: z", "Empty": ""}, {"No colon": ""}]
+
+    def messages(self, *parts: bytes) -> list[dict[str, str]]:
+        parser = popup_notifier.ManagerParser()
+        return [message for part in parts for message in parser.receive_data(part)]
+
+    def test_messages_whole_and_byte_by_byte(self) -> None:
+        self.assertEqual(self.messages(self.STREAM), self.MESSAGES)
+        self.assertEqual(self.messages(*(bytes([byte]) for byte in self.STREAM)), self.MESSAGES)
+
+    def test_bytes_that_are_no_text(self) -> None:
+        (message,) = self.messages(b"Name: a\xe5\xb1\nb\rc\r\n\r\n")
+        self.assertEqual(message, {"Name": "a\ufffd\nb\rc"})
+
+    def test_too_much_is_cut(self) -> None:
+        parser = popup_notifier.ManagerParser()
+        for _ in range(1000):
+            self.assertEqual(parser.receive_data(b"x" * 10_000), [])
+        (message,) = parser.receive_data(
+            b"\r\n" + b"".join(b"%d: 1\r\n" % n for n in range(999)) + b"\r\n"
+        )
+        self.assertEqual(len(message), popup_notifier.MAX_MESSAGE_FIELDS)
+        self.assertLess(max(map(len, message)), 50_000)
+
+
+def channel_fields(name: str, prefix: str = "") -> dict[str, str]:
+    """Return the fields of an event that name a channel."""
+    full = name if "/" in name else f"PJSIP/{name}"
+    return {f"{prefix}Channel": full, f"{prefix}Uniqueid": name}
+
+
+def manager_event(words: str, linked: dict[str, str]) -> dict[str, str]:
+    """Return the event that a few words of RECORDED stand for."""
+    verb, name, *rest = words.split()
+    if "of" in rest:
+        linked[rest[1] if verb.startswith("dial") else name] = rest.pop()
+        rest.pop()
+    if verb in ("dial", "dialled"):
+        (phone,) = rest
+        event = {"Event": "DialBegin" if verb == "dial" else "DialEnd"}
+        event.update(channel_fields(phone, "Dest"), DestLinkedid=linked[phone])
+    else:
+        kinds = {"new": "Newchannel", "enter": "BridgeEnter", "leave": "BridgeLeave"}
+        event = {"Event": kinds.get(verb, "Hangup")}
+        event["ChannelState"] = "4" if name == linked.setdefault(name, name) else "0"
+    if name != "-":
+        event.update(channel_fields(name), Linkedid=linked.setdefault(name, name))
+        event.update(CallerIDNum="0312345678", CallerIDName="<unknown>", Exten="0311110001")
+    if rest:
+        bridge, _, kind = rest[0].partition("-")
+        event.update(BridgeUniqueid=bridge, BridgeTechnology=f"{kind or 'simple'}_bridge")
+    return event
+
+
+class TestSwitchboard(unittest.TestCase):
+    """What is told of the events of a PBX."""
+
+    def setUp(self) -> None:
+        self.withheld: set[str] = set()
+        trunks = popup_notifier.parse_trunks("provider, SIP/Branch-Office-2")
+        self.board = popup_notifier.Switchboard(trunks, self.withheld.__contains__)
+        self.linked: dict[str, str] = {}
+
+    def receive(self, words: str, **fields: str) -> list[dict[str, str]]:
+        """Return what is told of some events."""
+        told = []
+        for each in words.replace("\n", " ").split(","):
+            event = {**manager_event(each, self.linked), **fields}
+            told += self.board.receive_event(event)
+        return told
+
+    def short(self, told: Iterable[dict[str, str]]) -> str:
+        return ", ".join(f"{each['event']} {each.get('exten', '')}".strip() for each in told)
+
+    def list(self, *channels: dict[str, str]) -> str:
+        """Return what is told after a list of all channels."""
+        for channel in channels:
+            self.assertEqual(self.board.receive_event({"Event": "CoreShowChannel", **channel}), [])
+        return self.short(self.board.receive_event({"Event": "CoreShowChannelsComplete"}))
+
+    def test_recorded_calls(self) -> None:
+        for label, events, expected in RECORDED:
+            with self.subTest(label):
+                self.setUp()
+                told = self.receive(events)
+                self.assertEqual(self.short(told), expected)
+                caller = next((word for word in events.split() if "provider" in word), "")
+                self.assertLessEqual({each["uniqueid"] for each in told}, {caller.strip(",")})
+                self.assert_empty()
+
+    def assert_empty(self) -> None:
+        for kept in (self.board._channels, self.board._rooms, self.board._calls):
+            self.assertEqual(len(kept), 0)
+
+    def test_what_is_told_of_a_caller(self) -> None:
+        for fields, phone, name in (
+            ({"CallerIDNum": "+81-3 (1234)"}, "+8131234", None),
+            ({"CallerIDNum": "<unknown>"}, "anonymous", None),
+            ({"CallerIDNum": ""}, "anonymous", None),
+            ({"CallerIDNum": "非通知"}, "非通知", None),
+            ({"CallerIDNum": "alice"}, "alice", None),
+            ({"CallerIDName": "山田"}, "0312345678", "山田"),
+            ({"CallerIDName": r"O\'Neil \"x\" \\ \n\t"}, "0312345678", 'O\'Neil "x" \\'),
+            ({"CallerIDName": "<b>$(x)</b>"}, "0312345678", "<b>$(x)</b>"),
+        ):
+            with self.subTest(fields):
+                self.setUp()
+                self.receive("new provider-1", **fields)
+                (told,) = self.receive("new 201-2 of provider-1, dial provider-1 201-2", **fields)
+                self.assertEqual((told["phone"], told.get("name")), (phone, name))
+                self.assertEqual((told["did"], told["uniqueid"]), ("0311110001", "provider-1"))
+
+    def test_name_that_comes_later(self) -> None:
+        self.receive("new provider-1, new 201-2 of provider-1")
+        self.receive("NewCallerid provider-1", CallerIDName="Sales: 山田", Event="NewCallerid")
+        (told,) = self.board.receive_event(
+            {
+                k: v
+                for k, v in manager_event("dial provider-1 201-2", self.linked).items()
+                if "CallerID" not in k
+            }
+        )
+        self.assertEqual(told["name"], "Sales: 山田")
+
+    def test_withheld_number(self) -> None:
+        self.withheld.add("PJSIP/provider-1")
+        name = {"CallerIDName": "Yamada"}
+        self.receive("new provider-1", **name)
+        told = self.receive(
+            "new 201-2 of provider-1, dial provider-1 201-2, hangup provider-1", **name
+        )
+        self.assertEqual([each["phone"] for each in told], ["anonymous"] * 2)
+        self.assertNotIn("name", told[0])
+
+    def test_trunks(self) -> None:
+        for channel, is_trunk in (
+            ("PJSIP/provider-1", True),
+            ("IAX2/Provider-1", True),
+            ("DAHDI/provider/0312345678-1", True),
+            ("SIP/branch-office-2-0a", True),
+            ("PJSIP/branch-office-2-0a", False),
+            ("PJSIP/provider-2-0a", False),
+            ("Local/provider@x-1;1", False),
+            ("Surrogate/PJSIP/provider-1", False),
+        ):
+            with self.subTest(channel):
+                self.setUp()
+                self.receive("new x", Channel=channel)
+                self.assertEqual(len(self.board._calls), is_trunk)
+
+    def test_call_that_the_pbx_makes_over_a_trunk(self) -> None:
+        self.receive("new provider-1", ChannelState="0")
+        self.assertEqual(self.receive("new 201-2 of provider-1, dial provider-1 201-2"), [])
+
+    def test_phone_with_two_contacts_rings_once(self) -> None:
+        self.receive("new provider-1, new 201-2 of provider-1, new 201-3 of provider-1")
+        told = self.receive("dial provider-1 201-2, dial provider-1 201-3")
+        self.assertEqual(self.short(told), "ring 201")
+        told = self.receive(
+            "dialled provider-1 201-2, dialled provider-1 201-3, dial provider-1 201-3"
+        )
+        self.assertEqual(self.short(told), "ring 201")  # the queue's next attempt
+
+    def test_call_that_goes_out_again_leaves_the_phone(self) -> None:
+        self.receive("new provider-1, new 201-2 of provider-1, dial provider-1 201-2")
+        told = self.receive("new provider-3 of provider-1, dial provider-1 provider-3")
+        told += self.receive("enter provider-3 a, enter provider-1 a, hangup provider-1")
+        self.assertEqual(self.short(told), "answer provider, end provider")
+
+    def test_parked_callers_talk_to_nobody(self) -> None:
+        self.receive("new provider-1, new 201-2")
+        self.assertEqual(self.receive("enter 201-2 lot-holding, enter provider-1 lot-holding"), [])
+
+    def test_parked_call_that_comes_back(self) -> None:
+        self.receive("new provider-1, new 201-2 of provider-1, dial provider-1 201-2")
+        told = self.receive("enter 201-2 a, enter provider-1 a, leave 201-2 a, hangup 201-2")
+        told += self.receive("new 201-3 of provider-1, dial provider-1 201-3, enter 201-3 a")
+        self.assertEqual(self.short(told), "answer 201, ring 201, answer 201")
+
+    def test_transfer_of_a_call_that_has_an_older_linkedid(self) -> None:
+        self.receive("new 203-1, new provider-2, new 202-3 of 203-1")
+        self.receive("enter 203-1 a, enter provider-2 a of 203-1")
+        self.assertEqual(self.short(self.receive("dial 203-1 202-3")), "ring 202")
+
+    def test_leaving_a_bridge_that_was_left_before(self) -> None:
+        self.receive("new provider-1, new 201-2, new 202-3")
+        told = self.receive("enter 201-2 a, enter provider-1 b, leave 201-2 z, enter provider-1 a")
+        self.assertEqual(self.short(told), "answer 201")
+
+    def test_conference_is_nobodys_answer(self) -> None:
+        self.receive("new provider-1, new 201-2 of provider-1, new 202-3 of provider-1")
+        told = self.receive("enter 201-2 a, enter 202-3 a, enter provider-1 a")
+        self.assertEqual(told, [])
+        self.assertEqual(self.short(self.receive("leave 201-2 a")), "answer 202")
+
+    def test_list_ends_what_was_missed(self) -> None:
+        self.receive("new provider-1, new 201-2 of provider-1, dial provider-1 201-2")
+        self.receive("new provider-3, new 201-4 of provider-3")
+        living = channel_fields("provider-3")
+        self.assertEqual(self.list(living), "end")
+        self.assertEqual(self.list(), "")  # nobody had heard of the other
+        self.assert_empty()
+
+    def test_calls_outlive_the_connection(self) -> None:
+        self.receive("new provider-1, new 201-2 of provider-1, dial provider-1 201-2")
+        self.receive("dialled provider-1 201-2, enter 201-2 a, enter provider-1 a")
+        self.board.disconnect()
+        caller = {**channel_fields("provider-1"), "Linkedid": "provider-1", "BridgeId": "a"}
+        phone = {**channel_fields("202-3"), "Linkedid": "provider-1", "BridgeId": "a"}
+        self.assertEqual(self.list(caller, phone), "answer 202")  # transferred meanwhile
+        self.assertEqual(self.list(caller, phone), "")
+        self.board.disconnect()
+        self.assertEqual(self.list(), "end 202")  # Asterisk began anew
+        self.assert_empty()
+
+    def test_calls_from_before_the_first_list(self) -> None:
+        caller = {**channel_fields("provider-1"), "Linkedid": "provider-1", "BridgeId": "a"}
+        phone = {**channel_fields("201-2"), "Linkedid": "provider-1", "BridgeId": "a"}
+        second = {**channel_fields("provider-3"), "Linkedid": "provider-3"}
+        ringing = {**channel_fields("202-4"), "Linkedid": "provider-3", "ChannelState": "5"}
+        waiting = {**channel_fields("provider-5"), "Linkedid": "provider-5"}
+        own = {**channel_fields("201-6"), "Linkedid": "201-6"}
+        outgoing = {**channel_fields("provider-7"), "Linkedid": "201-6"}
+        told = self.list(caller, phone, second, ringing, waiting, own, outgoing)
+        self.assertEqual(told, "ring 202")
+        self.assertEqual(self.short(self.receive("hangup provider-1")), "end 201")
+        self.assertEqual(self.short(self.receive("hangup provider-5")), "end")
+        self.assertEqual(self.receive("hangup provider-7"), [])
+
+    def test_list_that_is_faster_than_the_event(self) -> None:
+        self.list({**channel_fields("provider-1"), "Linkedid": "provider-1"})
+        self.receive("new provider-1, new 201-2 of provider-1")
+        (told,) = self.receive("dial provider-1 201-2")
+        self.assertEqual((told["event"], told["did"]), ("ring", "0311110001"))
+
+    def test_account_that_hears_nothing(self) -> None:
+        for number in range(3):
+            self.assertFalse(self.board.is_deaf)
+            self.list(channel_fields(f"201-{number}"))
+        self.assertTrue(self.board.is_deaf)
+        self.board.disconnect()
+        self.assertFalse(self.board.is_deaf)
+        for number in range(3):
+            self.list(channel_fields(f"201-{number}"))
+            self.receive(f"new 202-{number}")
+        self.assertFalse(self.board.is_deaf)
+
+    def test_forged_events_do_nothing(self) -> None:
+        self.receive("new provider-1, new 201-2 of provider-1, dial provider-1 201-2")
+        for event in (
+            {"Event": "Hangup", "Uniqueid": "provider-1"},
+            {"Event": "Hangup", "Uniqueid": "provider-1", "Channel": "PJSIP/201-2"},
+            {"Event": "BridgeEnter", "Uniqueid": "201-2", "BridgeUniqueid": "a"},
+            {"Event": "CoreShowChannel"},
+            {"Event": "DialBegin", "DestLinkedid": "provider-1"},
+        ):
+            self.assertEqual(self.board.receive_event(event), [], event)
+        self.assertEqual(len(self.board._channels), 2)
+
+    def test_no_sequence_of_events_breaks_it_or_lets_it_grow(self) -> None:
+        chance = random.Random(1)
+        names = [f"{who}-{n}" for who in ("provider", "201", "202") for n in range(9)]
+        names += [f"Local/201-{n};{half}" for n in range(9) for half in (1, 2)]
+        values = [*names, *(f"PJSIP/{name}" for name in names), "a", "b", "", "4", "5", "0"]
+        kinds = ["Newchannel", "DialBegin", "DialEnd", "BridgeEnter", "BridgeLeave", "Hangup"]
+        kinds += ["CoreShowChannel", "CoreShowChannelsComplete", "Other"]
+        fields = ["Channel", "Uniqueid", "Linkedid", "DestChannel", "DestUniqueid", "DestLinkedid"]
+        fields += ["BridgeUniqueid", "ChannelState", "CallerIDNum", "BridgeId", "Exten"]
+        for step in range(50_000):
+            name = chance.choice(names)
+            event = {"Event": chance.choice(kinds), **channel_fields(name), "Linkedid": name}
+            event.update(channel_fields(chance.choice(names), "Dest"))
+            for field in chance.sample(fields, chance.randrange(6)):
+                event[field] = chance.choice(values)
+            if chance.random() < 0.1:
+                event.pop(chance.choice(fields), None)
+            for told in self.board.receive_event(event):
+                popup_notifier.check_parameters(told.items())
+            if step % 1000 == 0:
+                self.board.disconnect()
+        self.list()  # what stood in the list until now
+        self.list()
+        self.assert_empty()
+
+    def test_channels_whose_end_is_never_told(self) -> None:
+        with_patch = mock.patch.object(popup_notifier, "MAX_CHANNELS", 100)
+        with with_patch:
+            for number in range(5000):
+                self.receive(
+                    f"new provider-{number}, new Local/201-{number};1 of provider-{number}"
+                )
+                self.receive(f"enter provider-{number} {number}")
+                self.board.receive_event({"Event": "CoreShowChannel", "Uniqueid": str(number)})
+            for kept in (
+                self.board._channels,
+                self.board._rooms,
+                self.board._calls,
+                self.board._listed,
+            ):
+                self.assertLessEqual(len(kept), 150)
+
+
+class FakeAsterisk:
+    """A manager interface that says what a test wants, on a real socket."""
+
+    def __init__(self, banner: bytes = b"Asterisk Call Manager/5.0.4\r\n") -> None:
+        self.banner = banner
+        self.refused: tuple[str, ...] = ()  # actions
+        self.variables: dict[str, str] = {"CALLERID(pres)": "allowed_not_screened"}
+        self.listed: list[dict[str, str]] = []
+        self.actions: queue.Queue[dict[str, str]] = queue.Queue()
+        self.connections: queue.Queue[None] = queue.Queue()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        url = f"ami://popup:ge%40heim@127.0.0.1:{self.port}"
+        self.keys: dict[str, Any] = {"AMI_URL": url, "AMI_TRUNKS": "provider"}
+        self.sock: socket.socket | None = None
+
+    def __enter__(self) -> FakeAsterisk:
+        threading.Thread(target=self.run, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hang_up()
+        self.listener.close()
+
+    def hang_up(self) -> None:
+        """Break the connection."""
+        if self.sock is not None:
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
+
+    def run(self) -> None:
+        """Serve one connection after the other."""
+        with contextlib.suppress(OSError):
+            while True:
+                self.sock = self.listener.accept()[0]
+                self.connections.put(None)
+                with self.sock, contextlib.suppress(OSError):
+                    self.sock.sendall(self.banner)
+                    parser = popup_notifier.ManagerParser()
+                    while data := self.sock.recv(65536):
+                        for action in parser.receive_data(data):
+                            self.answer(action)
+
+    def answer(self, action: dict[str, str]) -> None:
+        """Answer an action, and note it."""
+        name, own = action["Action"], {"ActionID": action["ActionID"]}
+        if name in self.refused:
+            self.send({"Response": "Error", **own, "Message": "Permission denied"})
+        elif name == "Login" and action["Secret"] != "ge@heim":
+            self.send({"Response": "Error", **own, "Message": "Authentication failed"})
+        elif name == "Getvar":
+            value = self.variables.get(action["Variable"], "")
+            self.send({"Response": "Success", **own, "Value": value})
+        elif name == "CoreShowChannels":
+            self.send({"Response": "Success", **own, "EventList": "start"})
+            self.send(*({"Event": "CoreShowChannel", **own, **each} for each in self.listed))
+            self.send({"Event": "CoreShowChannelsComplete", **own})
+        else:
+            self.send(
+                {"Response": "Success", **own, **({"Ping": "Pong"} if name == "Ping" else {})}
+            )
+        self.actions.put(action)
+
+    def send(self, *messages: dict[str, str]) -> None:
+        """Send messages."""
+        assert self.sock is not None
+        for message in messages:
+            lines = [f"{name}: {value}\r\n" for name, value in message.items()]
+            self.sock.sendall("".join([*lines, "\r\n"]).encode("utf-8", "surrogateescape"))
+
+    def tell(self, words: str, **fields: str) -> None:
+        """Send events as in RECORDED."""
+        linked: dict[str, str] = {}
+        for each in words.split(","):
+            self.send({**manager_event(each, linked), **fields})
+
+    def wait_for(self, name: str) -> dict[str, str]:
+        """Return the next action of a name."""
+        while True:
+            action = self.actions.get(timeout=TIMEOUT)
+            if action["Action"] == name:
+                return action
+
+
+RING = "new provider-1, new 201-2 of provider-1, dial provider-1 201-2"
+
+
+class TestAsterisk(unittest.TestCase):
+    """The daemon and a manager interface."""
+
+    QUICK = "p.AMI_DELAYS = (0.01, 0.05)"
+
+    def get(self, daemon: Daemon, path: str) -> str:
+        request = f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode()
+        return daemon.exchange(request).decode().partition("\r\n\r\n")[2]
+
+    def test_call_from_its_ring_to_its_end(self) -> None:
+        with FakeAsterisk() as pbx, Daemon(**pbx.keys) as daemon, daemon.browser() as browser:
+            daemon.wait_for_log(f"Asterisk is up: logged in as popup@127.0.0.1:{pbx.port}$")
+            login = pbx.wait_for("Login")
+            self.assertEqual((login["Username"], login["Events"]), ("popup", "call"))
+            pbx.tell(f"{RING}, dialled provider-1 201-2, enter 201-2 a, enter provider-1 a")
+            pbx.tell("hangup provider-1")
+            data = [browser.message()["data"] for _ in range(3)]
+            self.assertEqual([each["event"] for each in data], ["ring", "answer", "end"])
+            expected = {"phone": "0312345678", "exten": "201", "event": "ring"}
+            expected |= {"did": "0311110001", "uniqueid": "provider-1"}
+            self.assertEqual(data[0], expected)
+            daemon.wait_for_log(
+                'ring phone="0312345678" exten="201" .* from asterisk to 1 browser'
+            )
+            health = self.get(daemon, "/healthz")
+            pattern = r"Asterisk up since 20.*: logged in as popup@.*, \d+ events, 3 calls told\n"
+            self.assertRegex(health, pattern)
+            status = json.loads(self.get(daemon, "/status").partition("\r\n\r\n")[2])
+            self.assertRegex(status["asterisk"] + "\n", pattern)
+            metrics = self.get(daemon, "/metrics")
+            for line in (
+                'asterisk{state="up"} 1',
+                'asterisk{state="away"} 0',
+                "asterisk_calls_total 3",
+            ):
+                self.assertIn(f"\npopup_notifier_{line}\n", metrics)
+            self.assertNotIn("heim", health + metrics + "".join(daemon.lines))
+
+    def test_bytes_that_are_no_text(self) -> None:
+        with FakeAsterisk() as pbx, Daemon(**pbx.keys) as daemon, daemon.browser() as browser:
+            pbx.wait_for("CoreShowChannels")
+            pbx.tell(RING, CallerIDName="a\udce5\udcb1")
+            self.assertEqual(browser.message()["data"]["name"], "a\ufffd")
+
+    def test_number_that_is_withheld(self) -> None:
+        for variable in popup_notifier.PRESENTATION:
+            with FakeAsterisk() as pbx, Daemon(**pbx.keys) as daemon, daemon.browser() as browser:
+                pbx.wait_for("CoreShowChannels")
+                pbx.variables[variable] = "prohib_not_screened"
+                pbx.tell(RING, CallerIDName="Yamada")
+                data = browser.message()["data"]
+                self.assertEqual((data["phone"], data.get("name")), ("anonymous", None))
+                self.assertEqual(pbx.wait_for("Getvar")["Channel"], "PJSIP/provider-1")
+
+    def test_forged_list_ends_nothing(self) -> None:
+        with FakeAsterisk() as pbx, Daemon(**pbx.keys) as daemon, daemon.browser() as browser:
+            pbx.wait_for("CoreShowChannels")
+            pbx.tell(RING)
+            pbx.send({"Event": "CoreShowChannelsComplete"})
+            pbx.send({"Event": "CoreShowChannelsComplete", "ActionID": ""})
+            pbx.tell("enter 201-2 a of provider-1, enter provider-1 a")
+            self.assertEqual(
+                [browser.message()["data"]["event"] for _ in "12"], ["ring", "answer"]
+            )
+
+    def test_channel_whose_name_holds_a_line_end(self) -> None:
+        with FakeAsterisk() as pbx, Daemon(**pbx.keys):
+            pbx.wait_for("CoreShowChannels")
+            pbx.tell("new x", Channel="DAHDI/provider/0\rAction: Logoff-1")
+            name = "DAHDI/provider/0Action: Logoff-1"
+            self.assertEqual(pbx.wait_for("Getvar")["Channel"], name)
+
+    def test_ring_does_not_wait_for_ever(self) -> None:
+        with FakeAsterisk() as pbx, Daemon(**pbx.keys) as daemon, daemon.browser() as browser:
+            pbx.wait_for("CoreShowChannels")
+            with mock.patch.object(pbx, "answer"):
+                pbx.tell(RING)
+                self.assertEqual(browser.phones(1), ["0312345678"])
+
+    def test_account_that_lacks_rights(self) -> None:
+        with FakeAsterisk() as pbx:
+            pbx.refused = ("Getvar", "CoreShowChannels")
+            with (
+                patched("p.AMI_PERIOD = 0.05") as program,
+                Daemon(program=program, **pbx.keys) as daemon,
+                daemon.browser() as browser,
+            ):
+                daemon.wait_for_log("refuses CoreShowChannels to popup@.* write = reporting")
+                for number in (1, 3):
+                    pbx.tell(RING.replace("-1", f"-{number}"))
+                    self.assertEqual(browser.phones(1), ["0312345678"])
+                    pbx.wait_for("Ping")
+                lines = [line for line in daemon.lines if "refuses" in line]
+                self.assertEqual(len(lines), 2, lines)
+                self.assertIn("refuses Getvar to popup@", lines[1])
+                pbx.refused, pbx.variables = (), {"CALLERID(pres)": "prohib"}
+                pbx.hang_up()
+                daemon.wait_for_log("Asterisk is up", 2)
+                self.assertEqual(browser.message()["data"]["event"], "end")
+                pbx.wait_for("CoreShowChannels")
+                pbx.tell(RING.replace("-1", "-5"))
+                self.assertEqual(browser.phones(2), ["0312345678", "anonymous"])
+
+    def test_account_that_hears_no_events(self) -> None:
+        with (
+            FakeAsterisk() as pbx,
+            patched("p.AMI_PERIOD = 0.05") as program,
+            Daemon(program=program, **pbx.keys) as daemon,
+        ):
+            for number in range(4):
+                pbx.wait_for("CoreShowChannels")
+                pbx.listed = [channel_fields(f"201-{number}")]
+            daemon.wait_for_log("refuses events to popup@.* read = call")
+
+    def test_peers_that_are_no_manager_interface(self) -> None:
+        for banner, secret, line in (
+            (b"SSH-2.0-x\r\n", "ge%40heim", 'is no manager interface, .*it says "SSH-2.0-x"'),
+            (b"", "ge%40heim", "is no manager interface, or has TLS: it says nothing"),
+            (
+                b"Asterisk Call Manager/2\r\n",
+                "heimlich",
+                "refuses the login: .Authentication failed",
+            ),
+        ):
+            with self.subTest(line), FakeAsterisk(banner) as pbx:
+                keys = {**pbx.keys, "AMI_URL": pbx.keys["AMI_URL"].replace("ge%40heim", secret)}
+                statements = ("p.AMI_TIMEOUT = 0.1", "p.AMI_DELAYS = (0.01, 0.02)")
+                with patched(*statements) as program, Daemon(program=program, **keys) as daemon:
+                    daemon.wait_for_log(f"Asterisk is away: popup@.*{line}")
+                    self.assertRegex(self.get(daemon, "/healthz"), f"Asterisk away since .*{line}")
+                    for _ in range(5):
+                        pbx.connections.get(timeout=TIMEOUT)
+                    self.assertEqual(daemon.trigger(), 200)
+                    self.assertEqual(len([each for each in daemon.lines if "away" in each]), 1)
+                    self.assertNotIn("heim", "".join(daemon.lines))
+
+    def test_asterisk_that_comes_later_and_goes_in_between(self) -> None:
+        pbx = FakeAsterisk()
+        with (
+            patched(self.QUICK) as program,
+            Daemon(
+                program=program, **{**pbx.keys, "AMI_URL": "ami://u:geheim@127.0.0.1:1"}
+            ) as daemon,
+        ):
+            daemon.wait_for_log(
+                "Asterisk is away: u@127.0.0.1:1 cannot be reached: Connection refused"
+            )
+        with (
+            pbx,
+            patched(self.QUICK) as program,
+            Daemon(program=program, **pbx.keys) as daemon,
+            daemon.browser() as browser,
+        ):
+            pbx.wait_for("CoreShowChannels")
+            pbx.tell(f"{RING}, enter 201-2 a, enter provider-1 a")
+            self.assertEqual(
+                [browser.message()["data"]["event"] for _ in "12"], ["ring", "answer"]
+            )
+            caller = {**channel_fields("provider-1"), "Linkedid": "provider-1", "BridgeId": "b"}
+            pbx.listed = [caller, {**channel_fields("202-2"), "BridgeId": "b"}]
+            pbx.hang_up()
+            data = browser.message()["data"]  # it was transferred meanwhile, and goes on
+            self.assertEqual((data["event"], data["exten"]), ("answer", "202"))
+            pbx.listed = []
+            pbx.hang_up()
+            self.assertEqual(browser.message()["data"]["event"], "end")
+            daemon.wait_for_log("Asterisk is up", 3)
+            self.assertEqual(len(daemon.wait_for_log("Asterisk is away", 2)), 2)
+
+    def test_silence_is_noticed(self) -> None:
+        with (
+            FakeAsterisk() as pbx,
+            patched(self.QUICK, "p.AMI_PERIOD = 0.1") as program,
+            Daemon(program=program, **pbx.keys) as daemon,
+        ):
+            pbx.wait_for("CoreShowChannels")
+            with mock.patch.object(pbx, "answer"):
+                daemon.wait_for_log("Asterisk is away: .* no answer for 0.1 seconds")
+
+    def test_50000_events(self) -> None:
+        with (
+            FakeAsterisk() as pbx,
+            Daemon(HISTORY=0, **pbx.keys) as daemon,
+            daemon.browser() as browser,
+        ):
+            pbx.refused = ("Getvar",)
+            pbx.wait_for("CoreShowChannels")
+            grown = []
+            for begin in range(0, 6250, 625):
+                for number in range(begin, begin + 625):
+                    call, phone = f"provider-{number}", f"201-{number}"
+                    pbx.tell(
+                        f"new {call}, new {phone} of {call}, dial {call} {phone},"
+                        f"dialled {call} {phone}, enter {phone} a, enter {call} a,"
+                        f"hangup {call}, hangup {phone}"
+                    )
+                for _ in range(3 * 625):
+                    browser.message()
+                grown.append(daemon.status("VmRSS"))
+            self.assertRegex(self.get(daemon, "/healthz"), "5000[0-9] events, 18750 calls told")
+            self.assertLess(grown[-1] - grown[0], 10_000)
+
+    def test_stop_does_not_wait_for_it(self) -> None:
+        with FakeAsterisk() as pbx, Daemon(**pbx.keys) as daemon:
+            pbx.wait_for("CoreShowChannels")
+            self.assertEqual(daemon.stop(), 0)
+
+    def test_changed_url_needs_a_restart(self) -> None:
+        with FakeAsterisk() as pbx, Daemon(**pbx.keys) as daemon:
+            daemon.write_config(**{**pbx.keys, "AMI_TRUNKS": "other"})
+            daemon.process.send_signal(signal.SIGHUP)
+            daemon.wait_for_log("AMI_TRUNKS has changed: that needs a restart")
+            daemon.wait_for_log("configuration reloaded")
+
+
+# --- 12. Monitoring ----------------------------------------------------------------------------
 
 
 class TestMonitoring(unittest.TestCase):
@@ -3257,7 +4127,7 @@ class TestServiceManager(unittest.TestCase):
         return daemon.exchange(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n").decode()
 
 
-# --- 12. The desk ------------------------------------------------------------------------------
+# --- 13. The desk ------------------------------------------------------------------------------
 
 
 class TestResources(unittest.TestCase):
@@ -3341,7 +4211,7 @@ class TestResources(unittest.TestCase):
                 self.assertEqual(len(body.decode().splitlines()), 1)
 
 
-# --- 13. Command line --------------------------------------------------------------------------
+# --- 14. Command line --------------------------------------------------------------------------
 
 
 MINIMUM = "SECRET_TOKEN=t\nTRIGGER_ALLOW=127.0.0.1\nCRMWS_ALLOW=127.0.0.1\n"
@@ -5866,7 +6736,7 @@ class TestReadme(unittest.TestCase):
     """What the README and its longer pages promise, in both languages."""
 
     BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
-    LINES = 296  # in one language
+    LINES = 280  # in one language
     # Commands that need more than an account, and the lab that runs them.
     RUN_BY = (
         (
