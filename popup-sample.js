@@ -106,6 +106,7 @@
     let failures = 0; // connections in a row that did not hold
     let cause = {};   // why there is none: reason and text, once known
     let obstacle;     // the same, when the browser itself forbids it
+    const DEAF = { onopen: null, onmessage: null, onclose: null, onerror: null };
 
     function open() {
       drop();
@@ -115,16 +116,17 @@
       heardAt = Date.now();
       patience = CONNECT_TIMEOUT;
       try {
-        socket = Object.assign(new WebSocket(url), { onopen, onmessage, onclose });
-      } catch (error) { // ws: from an https page, unless Chrome lets it pass to a private address
-        obstacle = { reason: 'mixed', text: say('mixed') };
+        socket = new WebSocket(url);
+        Object.assign(socket, { onopen, onmessage, onclose, onerror: onclose }); // a policy: only an error
+      } catch (error) { // ws: from an https page; or, in Firefox, what a policy forbids
+        if (/^https/.test(origin) && url.protocol === 'ws:') obstacle = { reason: 'mixed', text: say('mixed') };
         onclose();
       }
     }
     // Closing a dead connection may take minutes: nobody waits for that, or listens to it any more.
     function drop() {
       clearTimeout(timer);
-      if (socket) Object.assign(socket, { onopen: null, onmessage: null, onclose: null }).close();
+      if (socket) Object.assign(socket, DEAF).close();
       socket = null;
     }
     function onopen() {
@@ -150,8 +152,9 @@
     }
     async function explain() {
       const found = obstacle || await findCause(url);
-      if (openedAt || found.reason === cause.reason) return;
-      cause = found;
+      const told = obstacle || found; // Firefox tells late of what a policy forbids
+      if (openedAt || told.reason === cause.reason) return;
+      cause = told;
       report('connecting', cause);
     }
     // After a sleep readyState says OPEN for a long time; the age of the last message tells the truth.
@@ -166,6 +169,7 @@
     function onViolation({ effectiveDirective, blockedURI }) {
       if (!url || !/^(wss?|https?):/.test(blockedURI) || !blockedURI.includes(url.host)) return;
       obstacle = { reason: 'policy', text: `${say('policy')}: ${effectiveDirective} ${url.origin}` };
+      explain();
     }
     window.addEventListener('online', open, ending); // the network has changed
     window.addEventListener('pagehide', drop, ending); // a page that may come back holds no connection
@@ -387,8 +391,8 @@
       picked.forEach(lookUp);
       const views = picked.map((call) => render(call, { ...daemonOptions, ...options }, mine));
       if (options.draw) guard(options.draw, renderAll());
-      showCards(panel, options.draw ? [] : views, close);
       showMark(panel, { ...status, isAsking, extens: mine, alerts, setExten, setAlerts });
+      showCards(panel, options.draw ? [] : views, close);
       guard(alertAgent, views.filter(({ state }) => state === 'ringing'), alerts);
     }
     // A thousand calls that were missed are drawn once.
@@ -541,13 +545,13 @@
   const stack = root.appendChild(element('section', {}));
   root.adoptedStyleSheets = [new CSSStyleSheet()]; // which no Content-Security-Policy of the page stops
   root.adoptedStyleSheets[0].replaceSync(STYLE);
+  document.documentElement.append(host);
   // Escape closes the card that has the focus, or the newest: but not behind a dialog that takes it, too.
   document.addEventListener('keydown', (event) => {
     if (event.key !== 'Escape' || event.isComposing || event.defaultPrevented) return;
     root.activeElement?.closest('form')?.remove();
     const focused = root.activeElement?.closest('article');
-    const isTaken = document.fullscreenElement || document.querySelector('dialog:modal');
-    const card = focused || (!isTaken && stack.querySelector('article'));
+    const card = focused || (!document.querySelector(':modal') && stack.querySelector('article'));
     if (card) card.lastChild.click();
   });
 
@@ -561,13 +565,12 @@
   // The CRM, or the page's template, must not smuggle in javascript: and the like.
   const isWebAddress = (href) => href && /^https?:$/.test(element('a', { href }).protocol);
 
-  // The top layer belongs to what opened last: a dialog, a full screen, or these cards. A modal dialog leaves
-  // nothing outside of it that can be clicked: then they are inside.
-  let covering = null;
-  function surface(isNews) {
-    const home = [...document.querySelectorAll('dialog:modal')].pop() || document.documentElement;
-    if (!isNews && host.parentNode === home && covering === document.fullscreenElement) return;
-    covering = document.fullscreenElement;
+  // The top layer belongs to what opened last. And a modal dialog, or a full screen, leaves nothing outside of
+  // it that can be clicked: then the cards are inside.
+  function surface() {
+    const { left, top } = stack.lastChild.firstChild?.getBoundingClientRect() || {};
+    if (left === undefined || document.elementFromPoint(left + 12, top + 12) === host) return;
+    const home = [...document.querySelectorAll(':modal:not(video, iframe)')].pop() || document.documentElement;
     if (host.parentNode !== home) home.append(host);
     try {
       host.hidePopover();
@@ -587,7 +590,7 @@
       if (card === place) place = place.nextElementSibling;
       else panel.insertBefore(card, place);
     });
-    surface(cards.some((card) => !old.includes(card)));
+    surface();
     if (!focused || focused === root.activeElement) return;
     const isSame = ({ textContent, parentNode }) => textContent === focused.textContent
       && parentNode.id === focused.parentNode.id;
