@@ -250,13 +250,14 @@
     const isOlder = call !== later && call.seen <= later.seen;
     return isOver && isOlder && call.phone === later.phone && !WITHHELD.test(call.phone);
   }
-  // Returns the calls that have a card; both are sorted, the latest first.
+  // Returns the calls that have a card, those that go on first; both are sorted, the latest first.
   function pickCards(calls) {
     const isRepeat = (call, index) => calls.slice(0, index).some((later) => isRepeated(call, later));
     const picked = calls.filter((call, index) => call.state.hasCard && !isRepeat(call, index));
     const rank = ({ state }) => KINDS.indexOf(state.kind);
     const first = [...picked].sort((a, b) => rank(a) - rank(b)).slice(0, MAX_CARDS);
-    return picked.filter((call) => first.includes(call));
+    const isLive = ({ state }) => ['ringing', 'talking'].includes(state.kind);
+    return picked.filter((call) => first.includes(call)).sort((a, b) => isLive(b) - isLive(a));
   }
 
   // --- 4. Dispatch ----------------------------------------------------------
@@ -514,31 +515,41 @@
 
   const STYLE = `
     :host { all: initial !important }
-    section { position: fixed; inset: auto 0 0 auto; z-index: 2147483647; box-sizing: border-box;
-      width: min(380px, 100vw); max-height: 100vh; padding: 12px 16px; overflow: auto; pointer-events: none;
-      color: #1f2328; font: 15px/1.45 system-ui; --page: #fff; --ringing: #1a7f37; --talking: #0969da;
-      --missed: #cf222e; --rang: #9a6700; --ended: #59636e }
-    .panel, section { display: flex; flex-direction: column-reverse; gap: 10px }
-    article, form { position: relative; flex: none; padding: 12px 48px 12px 16px; border: 1px solid #8886;
-      border-radius: 8px; background: var(--page); box-shadow: 0 6px 24px #0004; pointer-events: auto }
+    section { --card: #fff; --ringing: #1a7f37; --talking: #0969da; --missed: #cf222e; --rang: #9a6700;
+      --ended: #59636e; color: #1f2328; font: 15px/1.45 system-ui; position: fixed; inset: auto 0 0 auto;
+      z-index: 2147483647; box-sizing: border-box; width: min(400px, 100vw); max-height: 100vh;
+      padding: 12px 16px 12px 32px; overflow: auto; scrollbar-width: thin; pointer-events: none }
+    @media (prefers-color-scheme: dark) { section { --card: #1c2128; --ringing: #3fb950; --talking: #58a6ff;
+      --missed: #ff7b72; --rang: #d29922; --ended: #9198a1; color: #e6edf3 } }
+    @media print { section { display: none } }
+    section, .panel { display: flex; flex-direction: column-reverse; gap: 10px }
+    article, form { flex: none; position: relative; padding: 12px 48px 12px 16px; border: 1px solid #8886;
+      border-radius: 8px; background: var(--card); box-shadow: 0 6px 20px #0004; pointer-events: auto }
     article { border-left: 5px solid var(--line); overflow-wrap: anywhere }
     .ringing { --line: var(--ringing) } .talking { --line: var(--talking) } .missed { --line: var(--missed) }
     .rang { --line: var(--rang) } .ended { --line: var(--ended) }
-    a, b { color: var(--line) } p { margin: 0; unicode-bidi: isolate } p:empty { display: none }
-    .number { font-size: 1.5em; font-weight: 600 }
-    .ended .number, .rang .number { font-size: 1.15em }
+    .missed, .rang, .ended { padding-block: 8px }
+    p { margin: 0; unicode-bidi: isolate; display: -webkit-box; -webkit-box-orient: vertical;
+      -webkit-line-clamp: 3; overflow: hidden }
+    p:empty { display: none }
+    .number { font-size: 1.15em; font-weight: 600 }
+    .ringing .number, .talking .number { font-size: 1.5em }
+    a, b { color: var(--line) }
     a { display: inline-block; min-width: 44px; padding: 8px 14px 2px 0; font-weight: 600 }
     button, input { min-height: 32px; border: 1px solid; border-radius: 6px; background: none;
       color: inherit; font: inherit }
-    article > button { position: absolute; top: 6px; right: 6px; width: 36px; height: 36px; border: 0;
+    article > button { position: absolute; top: 4px; right: 6px; width: 36px; height: 36px; border: 0;
       font-size: 20px; cursor: pointer }
-    .mark { align-self: flex-end; min-height: 24px; padding: 2px 10px; border: 0; border-radius: 12px;
-      background: #1f2328cc; color: #fff; font-size: 12px; pointer-events: auto; cursor: pointer }
-    .mark::before { content: '●'; margin-right: 6px; color: #4ac26b } .connecting::before { color: #ff8182 }
-    form, label { display: grid; gap: 8px } form { padding-right: 16px } input { padding: 4px 8px }
-    @media (prefers-color-scheme: dark) { section { color: #e6edf3; --page: #1c2128; --ringing: #3fb950;
-      --talking: #58a6ff; --missed: #ff7b72; --rang: #d29922; --ended: #9198a1 } }
-    @media print { section { display: none } }`;
+    form { padding-right: 16px }
+    form, label { display: grid; gap: 8px }
+    input { padding: 4px 8px }
+    [type=checkbox] { width: 24px; min-height: 24px; margin: 0 }
+    label:has([type=checkbox]) { grid-template-columns: auto 1fr; align-items: center }
+    .mark { align-self: flex-end; min-height: 24px; padding: 1px 10px; border-color: transparent;
+      border-radius: 12px; background: #1f2328cc; color: #fff; font-size: 12px; cursor: pointer;
+      pointer-events: auto }
+    .mark::before { content: '●'; margin-right: 6px; color: #4ac26b }
+    .mark.connecting::before { color: #ff8182 }`;
 
   const host = element('popup-notifier', { popover: 'manual' });
   const root = host.attachShadow({ mode: 'open' }); // where the page's styles do not reach
