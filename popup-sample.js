@@ -239,7 +239,7 @@
     const [kind, , since, extens, stays] = STATES.find(([, holds]) => holds(is));
     const isOver = kind === 'ended' && !mine.length; // who watches all calls need not see them end
     return {
-      kind, since: is[since], hasCard: !isOver && now - is[since] < stays,
+      kind, since: is[since], hasCard: stays > 0 && !isOver && now - is[since] < stays,
       extens: is[extens].filter((exten) => exten !== 'all'),
     };
   }
@@ -343,8 +343,8 @@
     }
     // Shows a call unless another tab does; the one that is looked at waits least.
     async function show(call, event, claimed) {
-      if (call.isOurs === false || (!call.isOurs && !call.state.hasCard)) return;
       const isTrying = call.isOurs === undefined;
+      if (isTrying ? !call.state.hasCard : !call.isOurs) return;
       if (isTrying) call.isOurs = null;
       const patience = (document.hidden ? 300 : 0) + (document.hasFocus() ? 0 : 100 * Math.random());
       if (isTrying) await sleep(patience + (event === 'ring' ? 0 : OWNER_FIRST));

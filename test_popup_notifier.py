@@ -5207,11 +5207,13 @@ class Tab:
     def wait_for(self, expression: str, seconds: float = TIMEOUT) -> Any:
         """Return the expression's value once it is true."""
         loop = """(async () => {
-            const end = Date.now() + %d;
+            const cards = () => [...document.querySelectorAll('popup-notifier')]
+              .map((host) => host.shadowRoot.querySelector('section').innerText);
+            const end = performance.now() + %d;
             for (;;) {
               const value = await (%s);
               if (value) return value;
-              if (Date.now() > end) throw new Error('never on: ' + document.body.innerText);
+              if (performance.now() > end) throw new Error(`never on: ${document.body.innerText} ${cards()}`);
               await new Promise((done) => setTimeout(done, 20));
             }
         })()"""
@@ -5683,8 +5685,14 @@ def cause(tab: Tab) -> str:
 
 def toasts(tab: Tab, count: int) -> list[list[str]]:
     """Return the lines of each card once there are so many, the newest last."""
-    tab.wait_for(f"{TOASTS}.length === {count}")
-    return [list(each) for each in tab.evaluate(f"{TOASTS}.map((each) => {LINES}).reverse()")]
+    lines = f"{TOASTS}.length === {count} && {TOASTS}.map((each) => {LINES}).reverse()"
+    return [list(each) for each in tab.wait_for(lines)]
+
+
+def wait_for_phones(tab: Tab, *phones: str) -> None:
+    """Wait until the cards are of these numbers, the newest last."""
+    shown = f"{TOASTS}.map((each) => {PHONE}).reverse()"
+    tab.wait_for(f"JSON.stringify({shown}) === JSON.stringify({json.dumps(phones)})")
 
 
 class Callers:
@@ -5935,7 +5943,7 @@ class BrowserTests(unittest.TestCase):
             subprocess.run(
                 ["curl", "-s", "-X", "POST", url, "-m", "1"], capture_output=True, check=True
             )
-            self.assertEqual(toasts(tab, 1)[0][1], "0312345678")
+            wait_for_phones(tab, "0312345678")
 
     def test_tags_of_the_readme(self) -> None:
         with Daemon() as daemon:
@@ -6054,14 +6062,14 @@ class BrowserTests(unittest.TestCase):
             daemon.trigger(phone="3")
             toasts(tab, 3)
             tab.press("Escape")  # the newest
-            self.assertEqual([lines[1] for lines in toasts(tab, 2)], ["1", "2"])
+            wait_for_phones(tab, "1", "2")
             tab.press("Tab")  # past the sign of being connected
             for _ in range(2):
                 tab.press("Tab")
                 tab.wait_for(f"/^(A|BUTTON)$/.test({FOCUSED}?.tagName)")
             tab.wait_for(f"{FOCUSED}?.tagName === 'BUTTON'")
             tab.press("Enter")  # closes 2
-            self.assertEqual([lines[1] for lines in toasts(tab, 1)], ["1"])
+            wait_for_phones(tab, "1")
             for _ in range(9):
                 tab.press("Tab")
                 if tab.evaluate(f"{FOCUSED}?.tagName") == "A":
@@ -6088,16 +6096,17 @@ class BrowserTests(unittest.TestCase):
 
     def test_answer_elsewhere_takes_the_popup_away(self) -> None:
         with Daemon() as daemon:
-            tab = self.open_connected(daemon, exten="202")
+            tab = self.open(self.site.coded_page(daemon.port, exten="202"), FROZEN + NO_CHANCE)
+            tab.wait_for(OPEN)
             daemon.trigger("&exten=201,202&uniqueid=9.1&event=ring", phone="1")
             daemon.trigger("&exten=201,202&uniqueid=9.2&event=ring", phone="2")
             toasts(tab, 2)
             daemon.trigger("&exten=202&uniqueid=9.2&event=answer", phone="2")
             daemon.trigger("&exten=201&uniqueid=9.1&event=answer", phone="1")
-            self.assertEqual(toasts(tab, 1)[0][1], "2")
+            wait_for_phones(tab, "2")
             daemon.trigger("&exten=202&uniqueid=9.2&event=end", phone="2")
             daemon.trigger("&exten=202&uniqueid=9.3&event=answer", phone="3")
-            self.assertEqual([lines[1] for lines in toasts(tab, 2)], ["2", "3"])
+            wait_for_phones(tab, "2", "3")
             events = tab.evaluate("calls.map((call) => call.event)")
             self.assertEqual(events, ["ring", "ring", "answer", "answer", "end", "answer"])
             mine = tab.evaluate("calls.map((call) => call.mine)")
@@ -6106,16 +6115,21 @@ class BrowserTests(unittest.TestCase):
             tab.press("Escape")
             toasts(tab, 1)
             daemon.trigger("&exten=202&uniqueid=9.3&event=answer", phone="3")
+            tab.wait_for("calls.length === 7")
             daemon.trigger("&exten=201,202&uniqueid=9.4&event=ring", phone="4")
             daemon.trigger("&exten=201&uniqueid=9.4&event=answer", phone="4")
             daemon.trigger("&exten=202", phone="5")
-            self.assertEqual([lines[1] for lines in toasts(tab, 2)], ["2", "5"])
+            wait_for_phones(tab, "2", "5")
 
     def test_life_of_a_card(self) -> None:
         ring, talking, missed, ended = "着信", "通話中", "不在着信", "終了"
         with Daemon() as daemon:
-            tab = self.open_connected(daemon, exten="201")
-            reception = self.open_connected(daemon)
+            tab, reception = (
+                self.open(self.site.coded_page(daemon.port, **options), FROZEN + NO_CHANCE)
+                for options in ({"exten": "201"}, {})
+            )
+            tab.wait_for(OPEN)
+            reception.wait_for(OPEN)
 
             def tell(event: str, exten: str, number: int) -> None:
                 daemon.trigger(f"&event={event}&exten={exten}&uniqueid=5.{number}", str(number))
@@ -6229,7 +6243,7 @@ class BrowserTests(unittest.TestCase):
             tab.evaluate("(document.title = 'old', location.reload(), 0)")
             daemon.trigger("&exten=201", "2")  # while it loads
             tab.wait_for("document.title === 'CRM' && document.querySelector('popup-notifier')")
-            self.assertEqual([lines[1] for lines in toasts(tab, 2)], ["1", "2"])
+            wait_for_phones(tab, "1", "2")
             daemon.trigger("&exten=201&uniqueid=7.1&event=answer", "1")
             tab.wait_for(f"{TOASTS}.some((each) => each.className === 'talking')")
             # A page that replaces all that it has.
@@ -6293,7 +6307,7 @@ class BrowserTests(unittest.TestCase):
             daemon.wait_for_log('browser connected: .* exten="203"')
             daemon.trigger("&exten=201", "1")
             daemon.trigger("&exten=203&uniqueid=8.1&event=ring", "2")
-            self.assertEqual(toasts(tab, 1)[0][1], "2")
+            wait_for_phones(tab, "2")
             tab.wait_for("document.title === '☎ 2'")
             daemon.trigger("&uniqueid=8.1&event=end", "2")
             tab.wait_for("document.title === 'CRM'")
@@ -6309,7 +6323,7 @@ class BrowserTests(unittest.TestCase):
                 tab.wait_for(f"document.hidden === {json.dumps(is_hidden)}")
             for number in range(3):
                 daemon.trigger(phone=str(number))
-            self.assertEqual([lines[1] for lines in toasts(tabs[1], 3)], ["0", "1", "2"])
+            wait_for_phones(tabs[1], "0", "1", "2")
             self.assertEqual(self.shown_in_all(tabs, 3), 3)
             # All are hidden, and the one that showed the calls has ended.
             self.open("about:blank#").activate()
@@ -6466,8 +6480,7 @@ class BrowserTests(unittest.TestCase):
                 kept = tab.evaluate("Boolean(window.shown?.persisted)")
                 self.assertEqual(kept, self.keeps_pages)
                 tab.wait_for(f"{TOASTS}[0]?.className === 'talking'")
-                shown = [lines[1] for lines in toasts(tab, number)]
-                self.assertEqual(shown, list("1234")[:number])
+                wait_for_phones(tab, *list("1234")[:number])
                 until(lambda: daemon.connected() == 1, "one connection")
                 tab.evaluate("(window.shown = null, 0)")
             tab.press("Escape")
@@ -6726,7 +6739,7 @@ class BrowserTests(unittest.TestCase):
             again.port = daemon.port
             tab.wait_for(OPEN, 3 * TIMEOUT)
             again.trigger(phone="2")
-            self.assertEqual([lines[1] for lines in toasts(tab, 2)], ["1", "2"])
+            wait_for_phones(tab, "1", "2")
 
     def test_connection_that_died_in_silence(self) -> None:
         with Daemon(PING_INTERVAL=1) as daemon, contextlib.ExitStack() as stack:
@@ -6806,7 +6819,7 @@ class BrowserTests(unittest.TestCase):
         calls = [call(1, "a-1", "1"), call(1, "b-1", "2"), call(2, "a-1", "1")]
         with FakeDaemon(hello, *calls, alive, call(9, "a-2", "3")) as daemon:
             tab = self.open_connected(daemon)
-            self.assertEqual([lines[1] for lines in toasts(tab, 3)], ["1", "2", "3"])
+            wait_for_phones(tab, "1", "2", "3")
             self.assertEqual(tab.evaluate("calls.length"), 3)
             daemon.drop()  # all of it comes once more
             daemon.asked_for.get(timeout=TIMEOUT)
@@ -6835,13 +6848,31 @@ class BrowserTests(unittest.TestCase):
             self.assertTrue(again.endswith(f"?since={start}-{10**30 + 1000}"), again)
 
     def test_envelope_of_the_go_daemon(self) -> None:
-        call = {"type": "CALL_IN", "data": {"phone": "0312345678", "exten": "201"}}
-        other = {"type": "CALL_IN", "data": {"phone": "1", "exten": "202"}}
-        with FakeDaemon(other, call) as daemon:
-            tab = self.open_connected(daemon, exten="201")
-            [[head, phone, name]] = toasts(tab, 1)
-            self.assertIn("内線 201", head)
-            self.assertEqual((phone, name), ("0312345678", ""))
+        def call(phone: str, exten: str, **more: str) -> dict[str, Any]:
+            return {"type": "CALL_IN", "data": {"phone": phone, "exten": exten, **more}}
+
+        calls = [
+            call("1", "202"),
+            call("0312345678", "201"),
+            call("2", "201"),
+            call("2", "202", event="answer"),
+            call("3", "201"),
+            call("3", "201", event="answer"),
+            call("4", "201"),
+            call("4", "all", event="end"),
+        ]
+        with FakeDaemon(*calls) as daemon:
+            # Each call is on one of two pages.
+            tabs = [self.open_connected(daemon, exten="201") for _ in range(2)]
+            cards = f"{TOASTS}.map((each) => `${{each.className}} ${{{PHONE}}}`)"
+
+            def shown() -> list[str]:
+                return sorted(card for tab in tabs for card in tab.evaluate(cards))
+
+            expected = ["missed 4", "ringing 0312345678", "talking 3"]
+            until(lambda: shown() == expected, "three cards")
+            self.shown_in_all(tabs, len(calls))
+            self.assertEqual(shown(), expected)
 
     def test_refusal_is_said_in_words(self) -> None:
         self.site.headers["Access-Control-Allow-Origin"] = "*"
