@@ -19,13 +19,13 @@
  *
  * onCall    gets every event of a call, in every tab: { phone, exten, name, event, time, mine, missed, ... };
  *           it may return false (no card), or { name, open, note }, or a promise of either
- * onStatus  gets { state: 'connecting' or 'open', reason, text }; if it returns false, the page shows none of it
+ * onStatus  gets { state: 'connecting' or 'open', reason, text }; if it returns false, the page shows nothing
  * draw      gets n.calls, at every change and every second, and draws them in place of the cards
  * history   true: begins with the last calls that the daemon remembers, not with the next one
  *
- * n.calls: all calls as plain data, see render(); n.exten = '202'; n.alert = 'title sound'; n.askPermission(),
- * on a click: desktop notifications; n.close() takes everything away. Options may also stand in the address:
- * popup-sample.js?exten=201&manual
+ * n.calls: all calls as plain data, see render(); n.exten = '202'; n.alert = 'title sound';
+ * n.askPermission(), on a click: desktop notifications; n.close() takes everything away.
+ * Options may also stand in the address: popup-sample.js?exten=201&manual
  */
 (() => {
   'use strict';
@@ -119,7 +119,8 @@
         socket = new WebSocket(url);
         Object.assign(socket, { onopen, onmessage, onclose, onerror: onclose }); // a policy: only an error
       } catch (error) { // ws: from an https page; or, in Firefox, what a policy forbids
-        if (/^https/.test(origin) && url.protocol === 'ws:') obstacle = { reason: 'mixed', text: say('mixed') };
+        const isMixed = window.location.protocol === 'https:' && url.protocol === 'ws:';
+        if (isMixed) obstacle = { reason: 'mixed', text: say('mixed') };
         onclose();
       }
     }
@@ -235,7 +236,8 @@
     const settledAt = Math.max(answeredAt, ended);
     const ringing = rangAt && (!settledAt || rangAt - settledAt >= OVERTAKING);
     const fresh = now - rangAt < RINGING && !isLate;
-    const is = { rangAt, called, answeredAt, holders, ended, seen, ringing, fresh, here: holders.some(isMine) };
+    const here = holders.some(isMine);
+    const is = { rangAt, called, answeredAt, holders, ended, seen, ringing, fresh, here };
     const [kind, , since, extens, stays] = STATES.find(([, holds]) => holds(is));
     const isOver = kind === 'ended' && !mine.length; // who watches all calls need not see them end
     return {
@@ -279,10 +281,11 @@
     let status = { state: 'connecting', since: Date.now(), isQuiet: true }; // until the page has had its say
     let daemonOptions = {};  // what it says of itself: OPEN_URL
     let drawing;             // the timer, if a drawing is due
+    let isAway = false;      // in the back/forward cache: connects once it is restored
 
     const now = () => Date.now() + ahead;
     function address() {
-      if (ending.signal.aborted) return null;
+      if (ending.signal.aborted || isAway) return null;
       if (isAsking && !mine.length) return null; // who has not answered is not shown everybody's calls
       const url = new URL(daemon);
       url.protocol = url.protocol.replace('http', 'ws');
@@ -417,7 +420,8 @@
       remember('localStorage', 'popup-notifier alert', kinds.join(' '));
       change();
     }
-    function save() {
+    function leave() {
+      isAway = true;
       remember('sessionStorage', memory, { position, ahead, calls: [...calls.values()] });
     }
     // Takes over from the page before; or from the one after, when the agent comes back to this one.
@@ -435,10 +439,11 @@
     async function comeBack({ persisted }) {
       if (persisted) await sleep(300); // Chrome shows this page before it hides the other
       if (persisted) restore();
+      isAway = false;
       connection.wake();
     }
 
-    window.addEventListener('pagehide', save, ending);
+    window.addEventListener('pagehide', leave, ending);
     window.addEventListener('pageshow', comeBack, ending);
     const connection = keepConnected(address, receive, report, ending);
     const ticker = setInterval(() => { connection.check(); draw(); }, 1000);
@@ -500,7 +505,8 @@
       exten, whose: exten && `${say(isTheirs ? 'answered' : 'exten')} ${exten}`,
       number: isWithheld ? say('withheld') : call.phone, times: isWithheld ? 1 : call.times,
       name: name || call.name, note: note || (call.lookup in WORDS ? say(call.lookup) : ''),
-      links: links.filter(([, href]) => isWebAddress(href)).map(([word, href]) => ({ text: say(word), href })),
+      links: links.filter(([, href]) => isWebAddress(href))
+        .map(([word, href]) => ({ text: say(word), href })),
       target: options.target || '_blank',
     };
   }
@@ -576,12 +582,13 @@
   // The CRM, or the page's template, must not smuggle in javascript: and the like.
   const isWebAddress = (href) => href && /^https?:$/.test(element('a', { href }).protocol);
 
-  // The top layer belongs to what opened last. And a modal dialog, or a full screen, leaves nothing outside of
-  // it that can be clicked: then the cards are inside.
+  // The top layer belongs to what opened last. And a modal dialog, or a full screen, leaves nothing outside
+  // of it that can be clicked: then the cards are inside.
   function surface() {
     const { left, top } = stack.lastChild.firstChild?.getBoundingClientRect() || {};
     if (left === undefined || document.elementFromPoint(left + 12, top + 12) === host) return;
-    const home = [...document.querySelectorAll(':modal:not(video, iframe)')].pop() || document.documentElement;
+    const modal = [...document.querySelectorAll(':modal:not(video, iframe)')].pop();
+    const home = modal || document.documentElement;
     if (host.parentNode !== home) home.append(host);
     try {
       host.hidePopover();

@@ -5213,7 +5213,8 @@ class Tab:
             for (;;) {
               const value = await (%s);
               if (value) return value;
-              if (performance.now() > end) throw new Error(`never on: ${document.body.innerText} ${cards()}`);
+              if (performance.now() > end)
+                throw new Error(`never: ${document.body.innerText} ${cards()}`);
               await new Promise((done) => setTimeout(done, 20));
             }
         })()"""
@@ -5629,13 +5630,13 @@ MIDDLE = """((node) => {
     return [left + width / 2, top + height / 2];
 })"""
 # Whether nothing covers a node: of the cards, or of the page.
-ON_TOP = """((node) => {
-    const [x, y] = %s(node);
+ON_TOP = f"""((node) => {{
+    const [x, y] = {MIDDLE}(node);
     const root = node.getRootNode();
     const hit = document.elementFromPoint(x, y);
     return root === document ? node.contains(hit)
       : root.host === hit && node.contains(root.elementFromPoint(x, y));
-})""" % MIDDLE
+}})"""
 # Listens to what the page plays: `heard` is its audio context.
 TAP = """
     window.AudioContext = class extends AudioContext {
@@ -5669,7 +5670,9 @@ RENDER = """
       async close() { this.isClosed = true; }
       loudest() { return this.samples.reduce((a, b) => Math.max(a, b)); }
     };"""
-OPEN = "document.readyState === 'complete' && seen.length && seen[seen.length - 1].state === 'open'"
+OPEN = (
+    "document.readyState === 'complete' && seen.length && seen[seen.length - 1].state === 'open'"
+)
 LOST = "seen.length && seen[seen.length - 1].state === 'connecting'"
 NO_CHANCE = "Math.random = () => 0.01;"  # the delay before a new attempt is short
 FROZEN = "const began = Date.now(); Date.now = () => began;"  # no card ages
@@ -5731,13 +5734,15 @@ DAY = """
     09:02:00 ring 204 4
     09:02:05 answer 204 4
     09:02:10 ring 205 5
-    09:02:15 look dark 203 | 201: talking 1 | 202: missed 2 | 203: talking 3 | 204: talking 4 | 205: ringing 5
+    09:02:15 look dark 203 | 201: talking 1 | 202: missed 2 | 203: talking 3 | 204: talking 4
+        | 205: ringing 5
     09:02:20 answer 205 5
     09:03:00 end - 1
     09:03:05 end - 3
     09:03:08 end - 4
     09:03:10 end - 5
-    09:03:12 look crm 205 | 201: ended 1 | 202: missed 2 | 203: ended 3 | 204: ended 4 | 205: ended 5
+    09:03:12 look crm 205 | 201: ended 1 | 202: missed 2 | 203: ended 3 | 204: ended 4
+        | 205: ended 5
     09:05:00 ring 201,202,203 6
     09:05:04 answer 202 6
     09:05:10 ring 201 7
@@ -5750,7 +5755,8 @@ DAY = """
     09:06:30 end - 8
     09:06:40 ring 205 9
     09:06:45 ring 205 10
-    09:06:50 look low 205 | 202: missed 2 | 203: talking 7 | 204: talking 6 | 205: missed 8, ringing 9, ringing 10
+    09:06:50 look low 205 | 202: missed 2 | 203: talking 7 | 204: talking 6
+        | 205: missed 8, ringing 9, ringing 10
     09:06:55 answer 205 10
     09:07:00 end - 9
     09:07:10 end - 7
@@ -5762,14 +5768,16 @@ DAY = """
     09:10:10 ring 202 14
     09:10:12 ring 202 15
     09:10:14 ring 202 16
-    09:10:20 look zoomed 202 | 202: ringing 12, ringing 13, ringing 14, ringing 15, ringing 16 | 205: missed 8, missed 9
+    09:10:20 look zoomed 202 | 202: ringing 12, ringing 13, ringing 14, ringing 15, ringing 16
+        | 205: missed 8, missed 9
     09:10:25 answer 202 12
     09:11:00 end - 11
     09:11:01 end - 13
     09:11:02 end - 14
     09:11:03 end - 15
     09:11:04 end - 16
-    09:11:05 look dark-low 202 | 202: missed 13, missed 14, missed 15, missed 16, talking 12 | 205: missed 8, missed 9
+    09:11:05 look dark-low 202 | 202: missed 13, missed 14, missed 15, missed 16, talking 12
+        | 205: missed 8, missed 9
     09:12:00 end - 12
     09:12:10 close 202
     09:15:00 ring 204 17
@@ -5781,7 +5789,8 @@ DAY = """
     10:00:00 ring all 19
     10:00:05 answer 201 19
     10:00:30 ring all 20
-    10:01:40 look aged 203 | 201: rang 20, talking 19 | 202: rang 20 | 203: rang 20 | 204: missed 18, rang 20 | 205: missed 8, missed 9, rang 20
+    10:01:40 look aged 203 | 201: rang 20, talking 19 | 202: rang 20 | 203: rang 20
+        | 204: missed 18, rang 20 | 205: missed 8, missed 9, rang 20
     10:02:00 end - 19
     10:03:00 close 205
 """
@@ -5817,7 +5826,7 @@ class Clock:
 
 
 class Office(contextlib.ExitStack):
-    """Five agents, each with a PC: a page of an origin of its own, that others share nothing with."""
+    """Five agents, each with a page of its own origin: they share no storage."""
 
     def __init__(self, browser: WebBrowser) -> None:
         super().__init__()
@@ -5829,7 +5838,9 @@ class Office(contextlib.ExitStack):
         self.pages: dict[str, Tab] = {}
         for agent in ("201", "202", "203", "204", "205"):
             site = self.enter_context(Site(f"127.0.0.{agent[1:]}"))
-            site.pages["/who/0451112222"] = '{"name": "みなと図書館 (会員)", "note": "先月の見積もりの件"}'
+            site.pages["/who/0451112222"] = (
+                '{"name": "みなと図書館 (会員)", "note": "先月の見積もりの件"}'
+            )
             options = {"exten": agent, "open": "https://crm.example/search?phone={phone}"}
             if agent == "205":
                 options |= {"lookup": "/who/{phone}", "create": "https://crm.example/new"}
@@ -6446,7 +6457,9 @@ class BrowserTests(unittest.TestCase):
             tab = self.open_connected(daemon, alert="title")
             self.addCleanup(tab.evaluate, "localStorage.clear()")
             self.click(tab, MARK)
-            box = "document.querySelector('popup-notifier').shadowRoot.querySelector('[name=sound]')"
+            box = (
+                "document.querySelector('popup-notifier').shadowRoot.querySelector('[name=sound]')"
+            )
             tab.wait_for(f"{box} === {FOCUSED}")
             self.click(tab, box)
             tab.press("Enter")
@@ -6511,7 +6524,8 @@ class BrowserTests(unittest.TestCase):
         [line] = (each for each in readme_blocks("text") if "Content-Security-Policy" in each)
         name, _, policy = line.strip().partition(": ")
         tag = readme_blocks("html")[0].replace(" data-", ' data-lookup="/who/{phone}" data-', 1)
-        with Daemon(CLIENT_PORT=port, USE_SSL="yes", **keys) as daemon, Site(tls=tls) as secure:
+        settings: dict[str, Any] = {"CLIENT_PORT": port, "USE_SSL": "yes", **keys}
+        with Daemon(**settings) as daemon, Site(tls=tls) as secure:
             for site, letter, its_port in ((self.site, "", daemon.port), (secure, "s", port)):
 
                 def adapt(text: str, letter: str = letter, its_port: int = its_port) -> str:
@@ -6548,7 +6562,7 @@ class BrowserTests(unittest.TestCase):
     def every_kind_of_call(self) -> Iterator[FakeDaemon]:
         start = 1763870000000
         hello = {"type": "HELLO", "id": "5-0", "complete": True, "interval": 3600, "time": start}
-        calls = []
+        calls: list[dict[str, Any]] = []
         for event, number, age in (
             ("ring", 1, 40),
             ("end", 1, 35),
@@ -6599,8 +6613,10 @@ class BrowserTests(unittest.TestCase):
                     break
             order = []
             for _ in range(1 + 3 * 5):
-                node = f"(({{ textContent, offsetWidth, offsetHeight }}) => [textContent, offsetWidth, \
-                    offsetHeight, getComputedStyle({FOCUSED}).outlineStyle])({FOCUSED})"
+                node = (
+                    "((node) => [node.textContent, node.offsetWidth, node.offsetHeight, "
+                    f"getComputedStyle(node).outlineStyle])({FOCUSED})"
+                )
                 text, width, height, outline = tab.evaluate(node)
                 order.append(text)
                 self.assertGreaterEqual(min(width, height), 24, text)
@@ -6619,7 +6635,8 @@ class BrowserTests(unittest.TestCase):
     def test_page_draws_the_calls_itself(self) -> None:
         code = """
             let drawn = [];
-            const n = PopupNotifier.connect({ history: true, draw: (calls) => { drawn = calls; } });"""
+            const draw = (calls) => { drawn = calls; };
+            const n = PopupNotifier.connect({ history: true, draw });"""
         with Daemon(HISTORY=600) as daemon:
             for event, exten, number in (
                 ("ring", "201", 1),
@@ -6645,11 +6662,15 @@ class BrowserTests(unittest.TestCase):
                 ["ringing", "非通知", "内線 201"],
             ]
             tab.wait_for(f"JSON.stringify({states}) === JSON.stringify({json.dumps(expected)})")
-            call = tab.evaluate("(({ title, name, links, began, since, ended }) => "
-                "[title, name, links, began <= since, since <= ended])(drawn[0])")
+            call = tab.evaluate(
+                "(({ title, name, links, began, since, ended }) => "
+                "[title, name, links, began <= since, since <= ended])(drawn[0])"
+            )
             link = [{"text": "開く", "href": "https://crm.example/1"}]
             self.assertEqual(call, ["終了", "", link, True, True])
-            self.assertEqual(tab.evaluate("JSON.stringify(drawn) === JSON.stringify(n.calls)"), True)
+            self.assertEqual(
+                tab.evaluate("JSON.stringify(drawn) === JSON.stringify(n.calls)"), True
+            )
             self.assertEqual(tab.evaluate(f"{TOASTS}.length"), 0)
             tab.evaluate("(window.now = Date.now, Date.now = () => now.call(Date) + 61000, 0)")
             tab.wait_for("drawn[3].state === 'rang'")
@@ -6660,7 +6681,7 @@ class BrowserTests(unittest.TestCase):
 
     def test_day_in_an_office(self) -> None:
         with Office(self.browser) as office:
-            for line in DAY.strip().splitlines():
+            for line in re.sub(r"\n +\|", " |", DAY.strip()).splitlines():
                 head, *screens = line.split(" | ")
                 moment, what, *words = head.split()
                 with self.subTest(line.strip()):

@@ -32,10 +32,10 @@ from test_popup_notifier import (
     Namespace,
     Site,
     Tab,
+    cause,
     free_port,
     needs,
     needs_namespaces,
-    cause,
     toasts,
 )
 
@@ -49,7 +49,8 @@ WATCH_POPUPS = """
     window.shown = [];
     document.addEventListener('DOMContentLoaded', () => {
       const stack = document.querySelector('popup-notifier').shadowRoot.querySelector('section');
-      const numbers = ({ addedNodes }) => [...addedNodes].filter((each) => each.tagName === 'ARTICLE')
+      const numbers = ({ addedNodes }) => [...addedNodes]
+        .filter((node) => node.tagName === 'ARTICLE')
         .map((card) => card.querySelector('.number').textContent);
       const keep = (change) => shown.push(...numbers(change));
       const options = { childList: true, subtree: true };
