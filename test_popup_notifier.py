@@ -6369,6 +6369,7 @@ class BrowserTests(unittest.TestCase):
             window.Notification = class extends Notification {
               constructor(title, options) {
                 super(title, options);
+                window.notification = this;
                 for (const type of ['show', 'error', 'close']) {
                   const keep = () => told.push(`${type} ${this.title} ${this.body}`);
                   this.addEventListener(type, keep);
@@ -6378,7 +6379,8 @@ class BrowserTests(unittest.TestCase):
         with Daemon() as daemon:
             self.browser.permit("notifications", "granted", self.site.url)
             self.addCleanup(self.browser.permit, "notifications", "prompt", self.site.url)
-            tab = self.open(self.site.coded_page(daemon.port, exten="201"), listen)
+            options = {"exten": "201", "open": "https://crm.example/{phone}"}
+            tab = self.open(self.site.coded_page(daemon.port, **options), listen)
             tab.wait_for(OPEN)
             daemon.trigger("&exten=201", phone="1")
             toasts(tab, 1)
@@ -6390,6 +6392,19 @@ class BrowserTests(unittest.TestCase):
             tab.wait_for("told.length === 2")
             for event, told in zip(("show", "close"), tab.evaluate("told")):
                 self.assertEqual(told, f"{event} Yamada 着信 内線 201,202 2")
+            self.assertEqual(tab.evaluate("notification.tag"), "7")
+            # The page is seen, but the agent works in another window.
+            tab.activate()
+            tab.wait_for("!document.hidden")
+            tab.evaluate("(document.hasFocus = () => false, n.alert = 'notification', 0)")
+            self.addCleanup(tab.evaluate, "localStorage.clear()")
+            daemon.trigger("&exten=201&uniqueid=8&name=Suzuki", phone="3")
+            tab.wait_for("told.length === 3")
+            self.assertEqual(tab.evaluate("told[2]"), "show Suzuki 着信 内線 201 3")
+            tab.evaluate("(window.open = (...words) => { window.opened = words }, 0)")
+            tab.evaluate("(notification.dispatchEvent(new Event('click')), 0)")
+            link = ["https://crm.example/3", "_blank", "noopener"]
+            self.assertEqual(tab.evaluate("opened"), link)
 
     # Where the agent looks, and where not.
 
@@ -6478,7 +6493,9 @@ class BrowserTests(unittest.TestCase):
             second = self.site.coded_page(daemon.port, exten="201")
             tab = self.open(first, NO_CHANCE)
             tab.wait_for(OPEN)
-            tab.evaluate("(addEventListener('pageshow', (event) => { window.shown = event.persisted }), 0)")
+            tab.evaluate(
+                "(addEventListener('pageshow', (event) => { window.shown = event.persisted }), 0)"
+            )
             daemon.trigger("&exten=201&uniqueid=3.1&event=ring", "1")
             toasts(tab, 1)
             for number in range(2, 5):
