@@ -167,6 +167,10 @@
       check();
       if (!socket && !document.hidden) open();
     }
+    function restart() {
+      drop();
+      timer = setTimeout(open); // not at once: the page has no `n` yet
+    }
     function onViolation({ effectiveDirective, blockedURI }) {
       if (!url || !/^(wss?|https?):/.test(blockedURI) || !blockedURI.includes(url.host)) return;
       obstacle = { reason: 'policy', text: `${say('policy')}: ${effectiveDirective} ${url.origin}` };
@@ -177,7 +181,7 @@
     document.addEventListener('visibilitychange', wake, ending);
     document.addEventListener('securitypolicyviolation', onViolation, ending);
     ending.signal.addEventListener('abort', drop);
-    return { open, check, wake };
+    return { restart, check, wake };
   }
 
   // The browser hides why a handshake was refused; the daemon's answer to a plain GET tells.
@@ -412,7 +416,7 @@
       const isGiven = text !== 'ask';
       if (isGiven && isAsking) remember('localStorage', 'popup-notifier exten', text);
       mine = splitList(isGiven ? text : recall('localStorage', 'popup-notifier exten'));
-      setTimeout(connection.open); // not at once: the page has no `n` yet
+      connection.restart();
       change();
     }
     function setAlerts(kinds) {
