@@ -6692,7 +6692,7 @@ class BrowserTests(unittest.TestCase):
             tab.evaluate("(window.now = Date.now, Date.now = () => now.call(Date) + 61000, 0)")
             tab.wait_for("drawn[3].state === 'rang'")
             tab.evaluate("(location.reload(), 0)")  # all of it is there again
-            tab.wait_for("!window.now && window.PopupNotifier && drawn.length === 4")
+            tab.wait_for("!window.now && document.readyState === 'complete' && drawn.length === 4")
 
     # A day in the office.
 
