@@ -12,7 +12,7 @@ Read it from top to bottom:
     3. WebSocket       RFC 6455 without I/O: check_handshake, serialize_frame, WebSocketProtocol
     4. Calls           Call, CallTracker, Log, LocalStream
     5. Event loop      Loop, DeadlineQueue
-    6. Hub             Browser, Audience, Hub
+    6. Hub             Browser, BrowserIndex, Hub
     7. HTTP            RFC 9112 without I/O: parse_head, check_parameters, serialize_response
     8. Server          Connection, Server, RequestHandler, ROUTES
     9. TLS             make_tls_context, begin_tls
@@ -263,7 +263,7 @@ def parse_origin(text: str) -> str:
     """Return one origin as a browser writes it, or a pattern such as https://*.example.com."""
     if text != "null" and not ORIGIN_PATTERN.fullmatch(text.lower()):
         raise ValueError(f"holds {quote(text)}, no origin like https://crm.example.com (no path)")
-    return plain_origin(text)
+    return normalize_origin(text)
 
 
 def parse_open_url(text: str) -> str:
@@ -481,7 +481,7 @@ def parse_config(data: bytes, source: str) -> tuple[Config, list[str]]:
             except ValueError as error:
                 hint = "; write it without quotes" if is_quoted else ""
                 errors.append(f"{where}: {name}: {error}{hint}")
-    warnings += [f"{source}: {difference}" for difference in other_defaults(names)]
+    warnings += [f"{source}: {difference}" for difference in changed_defaults(names)]
     for key in KEYS:
         if key.name not in seen and key.default is None:
             errors.append(f"{source}: {key.name} is missing and has no default")
@@ -496,7 +496,7 @@ def parse_config(data: bytes, source: str) -> tuple[Config, list[str]]:
     return Config(**values), warnings
 
 
-def other_defaults(names: set[str]) -> Iterator[str]:
+def changed_defaults(names: set[str]) -> Iterator[str]:
     """Yield which missing key meant something else to the Go daemon of two ports (version 2)."""
     has_client_port = not names.isdisjoint({"CLIENT_PORT", "WSS_PORT"})
     if not has_client_port and not names.isdisjoint({"HTTP_PORT", "USE_SSL"}):
@@ -621,7 +621,7 @@ def client_address(peer: IPAddress, forwarded: str | None, proxies: AccessList) 
     return address
 
 
-def plain_origin(text: str) -> str:
+def normalize_origin(text: str) -> str:
     """Return an origin in the one form in which it is compared."""
     origin = text.lower()
     if origin.startswith("https:"):
@@ -638,14 +638,16 @@ class Origins:
     def __str__(self) -> str:
         return ", ".join(self.patterns) or "any"
 
-    def allow(self, origin: str | None) -> bool:
+    def allows(self, origin: str | None) -> bool:
         """Tell whether a page of this origin may connect; who sends none is no browser."""
         if not self.patterns or origin is None:
             return True
         # A star stands for one label: https://*.example.com is https://a.example.com.
-        scheme, _, host = plain_origin(origin).partition("://")
+        scheme, _, host = normalize_origin(origin).partition("://")
         parent = host.partition(".")[2]
-        return plain_origin(origin) in self.patterns or f"{scheme}://*.{parent}" in self.patterns
+        return (
+            normalize_origin(origin) in self.patterns or f"{scheme}://*.{parent}" in self.patterns
+        )
 
 
 class Visitor(NamedTuple):
@@ -666,14 +668,14 @@ def check_address(config: Config, access_list: str, address: IPAddress) -> None:
 def check_visitor(config: Config, visitor: Visitor) -> None:
     """Raise RequestError for a browser that may not connect, by its address, origin or token."""
     check_address(config, "crmws_allow", visitor.address)
-    if not config.crmws_origins.allow(visitor.origin):
-        origin = quote(plain_origin(visitor.origin or ""))
+    if not config.crmws_origins.allows(visitor.origin):
+        origin = quote(normalize_origin(visitor.origin or ""))
         raise RequestError(HTTPStatus.FORBIDDEN, f"origin {origin} is not in CRMWS_ORIGINS")
-    if config.crmws_token is not None and not is_given(config.crmws_token, visitor.tokens):
+    if config.crmws_token is not None and not matches_token(config.crmws_token, visitor.tokens):
         raise RequestError(HTTPStatus.UNAUTHORIZED, "token is not CRMWS_TOKEN")
 
 
-def is_given(token: str, given: Iterable[str]) -> bool:
+def matches_token(token: str, given: Iterable[str]) -> bool:
     """Tell whether a secret is among what was given, in constant time each."""
     secret = token.encode()
     return any(hmac.compare_digest(each.encode("utf-8", "replace"), secret) for each in given)
@@ -1063,7 +1065,7 @@ class CallID(NamedTuple):
         return f"{self.milliseconds}-{self.sequence}"
 
 
-NOWHERE = CallID(0, 0)  # before every call
+BEGINNING = CallID(0, 0)  # before every call
 
 
 def parse_id(text: str) -> CallID:
@@ -1094,7 +1096,7 @@ class Call(NamedTuple):
     place: int  # in the log
     logged: float  # when it came there, monotonic seconds
     is_early: bool = False  # sent before it has a place in the stream: its ID moves nobody
-    is_again: bool = False  # sent before: for those who come back alone
+    is_history: bool = False  # sent before: for those who come back alone
 
 
 def serialize_call(call_id: CallID, trigger: Trigger) -> bytes:
@@ -1136,7 +1138,7 @@ class TrackedCall:
         self.settled = -math.inf  # when it was last answered, or ended
         self.is_over = False
 
-    def audience(self, event: str, extens: frozenset[str], now: float) -> frozenset[str]:
+    def recipients(self, event: str, extens: frozenset[str], now: float) -> frozenset[str]:
         """Return who is to be told of an event that is addressed to `extens`.
 
         Whoever was told that a call rings is told of its answer and its end. A ring that one of
@@ -1170,8 +1172,8 @@ class CallTracker:
         # One that is over is known for as long as its events may overtake each other.
         if call is None or (call.is_over and now - call.time > OVERTAKING):
             call = TrackedCall()
-        audience = call.audience(event, extens, now)
-        call.extens |= audience
+        recipients = call.recipients(event, extens, now)
+        call.extens |= recipients
         call.time = now
         if event != "ring":
             call.settled = now
@@ -1179,7 +1181,7 @@ class CallTracker:
         self._calls[unique] = call
         if len(self._calls) > MAX_HISTORY:
             self._calls.popitem(last=False)
-        return audience
+        return recipients
 
 
 class Slice(NamedTuple):
@@ -1193,7 +1195,7 @@ class Slice(NamedTuple):
 class Resumption(NamedTuple):
     """Where a browser goes on that comes back."""
 
-    place: int
+    cursor: int  # the place to go on from
     since: CallID  # calls up to it were heard
     is_complete: bool  # all calls since then are in the log
 
@@ -1207,7 +1209,7 @@ class Log:
 
     def __init__(self, seconds: float, position: CallID) -> None:
         self.seconds = seconds  # that calls are kept for those who come back
-        self.is_whole = True  # all calls are here that there were within that time
+        self.is_complete = True  # all calls are here that there were within that time
         self._lock = threading.Lock()
         # Guarded by the lock. Three lists alike: calls, their IDs, and where their frames would
         # end if all that ever came stood one after another.
@@ -1217,9 +1219,11 @@ class Log:
         self._start = 0  # the place of the first call
         self._end = 0  # the place behind the last one
         self._offset = 0  # where its frame begins
-        self._remembered = 0  # the place of the first call that is still for those who come back
+        self._history_start = (
+            0  # the place of the first call that is still for those who come back
+        )
         self._position = position
-        self._begin = position  # all calls after it are remembered
+        self._complete_since = position  # all calls after it are remembered
         self._tracker = CallTracker()
 
     @property
@@ -1243,7 +1247,7 @@ class Log:
         trigger: Trigger,
         extens: frozenset[str] | None = None,
         is_early: bool = False,
-        is_again: bool = False,
+        is_history: bool = False,
     ) -> Call:
         """Add a call that is told to `extens`, or to whom it concerns as far as we know of it."""
         with self._lock:
@@ -1251,7 +1255,7 @@ class Log:
             if extens is None:
                 extens = self._tracker.track(trigger.parameters, trigger.began, self.seconds)
             frame = serialize_call(call_id, trigger)
-            call = Call(call_id, trigger, extens, frame, self._end, now, is_early, is_again)
+            call = Call(call_id, trigger, extens, frame, self._end, now, is_early, is_history)
             self._ids.append(call_id)
             self._ends.append((self._ends[-1] if self._ends else self._offset) + len(frame))
             self._position = max(self._position, call_id)
@@ -1264,23 +1268,25 @@ class Log:
         with self._lock:
             self._position = max(self._position, position)
 
-    def begin_at(self, position: CallID) -> None:
+    def begin_after(self, position: CallID) -> None:
         """Take note that nothing is known of what came up to a position."""
         with self._lock:
-            self._begin = max(self._begin, position)
+            self._complete_since = max(self._complete_since, position)
 
     def resume(self, since: CallID) -> Resumption:
         """Return where a browser goes on that has heard all calls up to a position."""
         with self._lock:
             oldest = time.monotonic() - self.seconds
-            while self._remembered < self._end:
-                index = self._remembered - self._start
+            while self._history_start < self._end:
+                index = self._history_start - self._start
                 call = self._calls[index]
-                if call.trigger.began >= oldest and not self._is_too_much(index, MAX_HISTORY):
+                if call.trigger.began >= oldest and not self._is_over_limit(index, MAX_HISTORY):
                     break
-                self._forget_up_to(call)
+                self._retire(call)
             place = self._start + bisect.bisect_right(self._ids, since)
-            return Resumption(max(place, self._remembered), since, since >= self._begin)
+            return Resumption(
+                max(place, self._history_start), since, since >= self._complete_since
+            )
 
     def find_last(self, count: int, place: int, wants: Callable[[Call], bool]) -> int:
         """Return the place of the last `count` calls that are wanted, of those from a place on."""
@@ -1311,21 +1317,21 @@ class Log:
             oldest = time.monotonic() - self.seconds - seconds
             count = 0
             while count < place - self._start and (
-                self._calls[count].logged < oldest or self._is_too_much(count, MAX_KEPT)
+                self._calls[count].logged < oldest or self._is_over_limit(count, MAX_KEPT)
             ):
-                self._forget_up_to(self._calls[count])
+                self._retire(self._calls[count])
                 count += 1
             if count:
                 self._offset = self._ends[count - 1]
                 self._start += count
                 del self._calls[:count], self._ids[:count], self._ends[:count]
 
-    def _forget_up_to(self, call: Call) -> None:
-        if call.place >= self._remembered:
-            self._remembered = call.place + 1
-            self._begin = max(self._begin, call.id)
+    def _retire(self, call: Call) -> None:
+        if call.place >= self._history_start:
+            self._history_start = call.place + 1
+            self._complete_since = max(self._complete_since, call.id)
 
-    def _is_too_much(self, count: int, limit: int) -> bool:
+    def _is_over_limit(self, count: int, limit: int) -> bool:
         """Tell whether more calls, or bytes, are kept than may be, without the first `count`."""
         size = self._ends[-1] - (self._ends[count - 1] if count else self._offset)
         return len(self._calls) - count > limit or size * MAX_HISTORY > MAX_HISTORY_SIZE * limit
@@ -1365,7 +1371,7 @@ class LocalStream:
     def resume(self, since: CallID) -> Resumption:
         """Return where a browser goes on: of another run's position nothing is known."""
         is_ours = since.milliseconds == self._run and since <= self.log.position
-        return self.log.resume(since if is_ours else NOWHERE)
+        return self.log.resume(since if is_ours else BEGINNING)
 
     def may_hold(self, since: CallID) -> bool:
         """Tell whether a position is, or will soon be, one of this stream."""
@@ -1510,7 +1516,7 @@ def seconds_until(deadline: float) -> float | None:
 
 LOGGED_EXTENS = 10  # so many are named when nobody wanted a call
 LOGGED_ARRIVALS = 4  # of browsers that come at once, so many are named in the log
-MAX_HEARD = 8 * 1024  # bytes of a message from a browser: no page has to say anything
+MAX_BROWSER_MESSAGE = 8 * 1024  # bytes of a message from a browser: no page has to say anything
 MAX_JOINED = 64  # slices whose frames are kept joined, 4 MiB: a crowd comes back at one place
 TURN_SLICES = 4  # that a browser is sent before the others have their turn
 MAX_UNANSWERED = 2  # pings; then a browser is gone
@@ -1537,17 +1543,17 @@ class Browser:
     """A connected browser. All of it belongs to the Hub's thread once the Hub has it."""
 
     __slots__ = (
+        "cursor",
         "extens",
         "last",
-        "leftover",
-        "place",
         "protocol",
         "recovers",
-        "rest",
         "send",
         "since",
         "sock",
         "unanswered",
+        "unread",
+        "unsent",
         "visitor",
     )
 
@@ -1556,18 +1562,18 @@ class Browser:
         sock: socket.socket,
         visitor: Visitor,
         subscription: Subscription,
-        leftover: bytes = b"",
+        unread: bytes = b"",
     ) -> None:
         self.sock = sock  # non-blocking
         self.send = sock.send
         self.visitor = visitor
         # `since` is what it had heard when it came, and None once it is up to date.
         self.extens, self.recovers, self.since, self.last = subscription
-        self.leftover = leftover  # what came behind the handshake
-        self.place = 0  # in the log, while it does not keep up
-        self.rest: bytes | memoryview = b""  # of the last send; it ends with a whole frame
+        self.unread = unread  # what came behind the handshake
+        self.cursor = 0  # in the log, while it does not keep up
+        self.unsent: bytes | memoryview = b""  # of the last send; it ends with a whole frame
         self.unanswered = 0  # pings
-        self.protocol = WebSocketProtocol(MAX_HEARD)
+        self.protocol = WebSocketProtocol(MAX_BROWSER_MESSAGE)
 
     def __str__(self) -> str:
         text = str(self.visitor.address)
@@ -1585,14 +1591,14 @@ class Browser:
     def wants(self, call: Call) -> bool:
         """Tell whether a call is to be sent to this browser when its place has come there."""
         if self.since is None:
-            if call.is_again:
+            if call.is_history:
                 return False
         elif call.id <= self.since and not call.is_early:
             return False
         return not self.extens or ALL in call.extens or not self.extens.isdisjoint(call.extens)
 
 
-class Audience:
+class BrowserIndex:
     """Browsers by what they want to hear: a call costs by who hears it, not by who is here."""
 
     def __init__(self) -> None:
@@ -1686,18 +1692,18 @@ class Hub:
         self._is_closing = False
         self._settings = describe_settings(config)  # for HELLO and ALIVE; set by the Hub's thread
         # Set by any thread when the log has grown; cleared by the Hub's before it looks there.
-        self._is_called = False
+        self._has_new_calls = False
         # The Hub's thread's own.
         self._now = time.monotonic()
-        self._place = self._log.end  # in the log: all before it was sent to those who keep up
+        self._cursor = self._log.end  # in the log: all before it was sent to those who keep up
         self._position = self._log.position  # theirs
-        self._keeping_up = Audience()
-        self._lagging = Audience()
+        self._keeping_up = BrowserIndex()
+        self._lagging = BrowserIndex()
         self._ahead: dict[Browser, None] = {}  # of these: have heard more than the log has
-        self._pings: DeadlineQueue[Browser] = DeadlineQueue(config.ping_interval)
-        self._stalled: DeadlineQueue[Browser] = DeadlineQueue(STALL_TIMEOUT)
+        self._ping_deadlines: DeadlineQueue[Browser] = DeadlineQueue(config.ping_interval)
+        self._stall_deadlines: DeadlineQueue[Browser] = DeadlineQueue(STALL_TIMEOUT)
         self._leaving: DeadlineQueue[Browser] = DeadlineQueue(CLOSE_TIMEOUT)
-        self._joined: dict[tuple[object, ...], tuple[bytes, int]] = {}  # slices, see _load()
+        self._joined: dict[tuple[object, ...], tuple[bytes, int]] = {}  # slices, see _load_slice()
         self._stop_deadline: float | None = None
 
     # For other threads.
@@ -1708,8 +1714,8 @@ class Hub:
 
     def deliver(self) -> None:
         """Take note of new calls in the log."""
-        if not self._is_called:
-            self._is_called = True
+        if not self._has_new_calls:
+            self._has_new_calls = True
             self.loop.wake()
 
     def subscribe(self, browser: Browser, greeting: bytes) -> bool:
@@ -1721,14 +1727,14 @@ class Hub:
             if self._is_closing or len(self._registry) >= self.max_browsers:
                 return False
             if browser.recovers:
-                greeting += self._hello(browser)
+                greeting += self._resume(browser)
             else:
-                browser.place = self._log.end
+                browser.cursor = self._log.end
             self._registry[browser] = None
             self._arrivals.append(browser)
             # If the browser is gone already, the Hub's thread will see it.
             try:
-                browser.rest = greeting[browser.send(greeting) :]
+                browser.unsent = greeting[browser.send(greeting) :]
             except OSError:
                 log.debug("browser %s left during its handshake", browser)
             # Done here, it costs no change of threads: epoll may be told of a socket while another
@@ -1749,7 +1755,7 @@ class Hub:
         """Take over a new configuration; browsers that it does not admit are closed with 1008."""
         self.max_browsers = max_browsers
         self._log.seconds = config.history
-        self.loop.call_soon(partial(self._apply, config))
+        self.loop.call_soon(partial(self._apply_config, config))
 
     def count(self) -> int:
         """Return how many browsers are connected."""
@@ -1768,23 +1774,23 @@ class Hub:
         if self._thread is not None:
             self._thread.join(STOP_TIMEOUT + CLOSE_TIMEOUT)
 
-    def _hello(self, browser: Browser) -> bytes:
+    def _resume(self, browser: Browser) -> bytes:
         """Give a browser its place in the log; return HELLO, and ALIVE if it missed nothing."""
         # In this order: a call that comes between is heard after HELLO, not passed over.
         end, position = self._log.end, self._log.position
-        hello_id, is_complete, browser.place = position, True, end
+        hello_id, is_complete, browser.cursor = position, True, end
         is_new = browser.since is None
         if is_new and browser.last:
-            browser.since = NOWHERE
+            browser.since = BEGINNING
         if browser.since is not None:
             hello_id = browser.since
-            browser.place, browser.since, is_complete = self.stream.resume(browser.since)
+            browser.cursor, browser.since, is_complete = self.stream.resume(browser.since)
         if browser.last:
-            browser.place = self._log.find_last(browser.last, browser.place, browser.wants)
+            browser.cursor = self._log.find_last(browser.last, browser.cursor, browser.wants)
         now = self.stream.clock()
         facts = f'"complete": {json.dumps(is_new or is_complete)}, {self._settings}'
         frames = serialize_position("HELLO", hello_id, now, facts)
-        if browser.place >= end and self._is_up_to_date(browser, position):
+        if browser.cursor >= end and self._is_up_to_date(browser, position):
             browser.since = None
             frames += serialize_position("ALIVE", position, now, self._settings)
         return frames
@@ -1795,7 +1801,7 @@ class Hub:
 
     def _is_up_to_date(self, browser: Browser, position: CallID) -> bool:
         """Tell whether a browser whose place is the log's end has heard all up to a position."""
-        return browser.since is None or (self._log.is_whole and browser.since <= position)
+        return browser.since is None or (self._log.is_complete and browser.since <= position)
 
     # The Hub's thread: its turns.
 
@@ -1808,28 +1814,28 @@ class Hub:
         ready = self.loop.wait(self._until_deadline())
         self._now = time.monotonic()
         # First of all, for an arrival may be among those that have something to say.
-        self._take_over()
+        self._deliver_and_admit()
         for browser, events in ready:
             self._serve(browser, events)
             # A call does not wait for all those who lag, or for 10,000 answers to a ping.
-            if self._place != self._log.end:
-                self._take_over()
+            if self._cursor != self._log.end:
+                self._deliver_and_admit()
         self._ping()
-        for browser in self._stalled.expired(self._now):
+        for browser in self._stall_deadlines.expired(self._now):
             self._evict(browser, f"it took nothing for {STALL_TIMEOUT:.0f} s")
         for browser in self._leaving.expired(self._now):
             self._abort(browser)
 
     def _until_deadline(self) -> float | None:
         """Return the seconds until something is due."""
-        queues = (self._pings, self._stalled, self._leaving)
+        queues = (self._ping_deadlines, self._stall_deadlines, self._leaving)
         return seconds_until(min(queue.next_deadline() for queue in queues))
 
     def _serve(self, browser: Browser, events: int) -> None:
         """Write and read what one browser's socket is ready for."""
         try:
             if events & WRITE and not browser.is_gone:
-                self._feed(browser)
+                self._send_backlog(browser)
             if events & READ and not browser.is_gone:
                 self._receive(browser)
         except Exception:
@@ -1837,21 +1843,21 @@ class Hub:
             log.exception("browser dropped: %s met a bug", browser.visitor.address)
             self._abort(browser)
 
-    def _apply(self, config: Config) -> None:
+    def _apply_config(self, config: Config) -> None:
         """Let a new configuration hold for those who are here."""
-        self._take_over()
+        self._deliver_and_admit()
         self._settings = describe_settings(config)
-        self._pings.change_timeout(config.ping_interval, self._now)
+        self._ping_deadlines.change_timeout(config.ping_interval, self._now)
         for browser in [*self._keeping_up, *self._lagging]:
             try:
                 check_visitor(config, browser.visitor)
             except RequestError as error:
-                self._drop(browser, DropReason.NOT_ADMITTED, f"is no longer admitted: {error}")
+                self._log_drop(browser, DropReason.NOT_ADMITTED, f"is no longer admitted: {error}")
                 self._close(browser, CloseCode.POLICY_VIOLATION, "not admitted any more")
 
     def _close_all(self) -> None:
         """Deliver the last calls, and tell all that we stop."""
-        self._take_over()
+        self._deliver_and_admit()
         # Those who have just arrived lag, for calls that came meanwhile.
         for browser in list(self._lagging):
             self._serve(browser, WRITE)
@@ -1861,36 +1867,36 @@ class Hub:
 
     # The Hub's thread: calls.
 
-    def _take_over(self) -> None:
+    def _deliver_and_admit(self) -> None:
         """Deliver new calls to those who keep up, and take note of the arrivals."""
-        is_called, self._is_called = self._is_called, False
+        is_called, self._has_new_calls = self._has_new_calls, False
         with self._lock:
             arrivals, self._arrivals = self._arrivals, []
-        before = self._place
+        before = self._cursor
         delivered: list[tuple[Call, int]] = []
         while True:
-            slice_ = self._log.read(self._place)
+            slice_ = self._log.read(self._cursor)
             assert slice_ is not None, "nothing is forgotten that the Hub has not seen"
-            self._place, self._position = slice_.end, slice_.position
+            self._cursor, self._position = slice_.end, slice_.position
             if not slice_.calls:
                 break
-            calls = [call for call in slice_.calls if not call.is_again]
+            calls = [call for call in slice_.calls if not call.is_history]
             if calls:
                 delivered += zip(calls, self._deliver(calls))
         for browser in arrivals:
             self._admit(browser)
-        if self._place != before:
+        if self._cursor != before:
             is_needed = self._lagging or self._arrivals
-            self._log.forget(self._place, STALL_TIMEOUT if is_needed else 0)
+            self._log.forget(self._cursor, STALL_TIMEOUT if is_needed else 0)
         for call, count in delivered:
-            late = [each for each in arrivals if each.place <= call.place and each.wants(call)]
+            late = [each for each in arrivals if each.cursor <= call.place and each.wants(call)]
             self._log_call(call, count + len(late))
         if arrivals:
             self._make_room()
             self._log_arrivals(arrivals)
         if is_called:
             for browser in list(self._ahead):
-                self._lag(browser)
+                self._start_lagging(browser)
 
     def _deliver(self, calls: list[Call]) -> list[int]:
         """Send calls, those for one browser in one go; return how many browsers get each."""
@@ -1922,49 +1928,49 @@ class Hub:
             return
         if sent == len(frames):
             return
-        browser.rest = memoryview(frames)[sent:]
+        browser.unsent = memoryview(frames)[sent:]
         if browser in self._leaving:
             self.loop.change(browser.sock, READ | WRITE, browser)
         else:
-            browser.place = self._place
-            self._lag(browser)
+            browser.cursor = self._cursor
+            self._start_lagging(browser)
 
     def _admit(self, browser: Browser) -> None:
         """Let a browser that has arrived keep up, or begin at its place."""
-        self._pings.add(browser, self._now)
-        if browser.place < self._place or browser.since is not None or browser.rest:
-            self._lag(browser)
+        self._ping_deadlines.add(browser, self._now)
+        if browser.cursor < self._cursor or browser.since is not None or browser.unsent:
+            self._start_lagging(browser)
             return
         self._keeping_up.add(browser)
-        if browser.leftover:
-            self._listen(browser)
+        if browser.unread:
+            self._start_reading(browser)
 
-    def _lag(self, browser: Browser) -> None:
+    def _start_lagging(self, browser: Browser) -> None:
         """Send a browser the rest from its place, when its socket has room."""
         self._keeping_up.discard(browser)
         self._ahead.pop(browser, None)
         if browser not in self._lagging:
             self._lagging.add(browser)
-        self._stalled.add(browser, self._now)
+        self._stall_deadlines.add(browser, self._now)
         self.loop.change(browser.sock, WRITE, browser)
 
-    def _keep_up(self, browser: Browser) -> None:
+    def _start_keeping_up(self, browser: Browser) -> None:
         """Send a browser each call as it comes, and listen to it."""
         browser.since = None
         self._lagging.discard(browser)
         self._keeping_up.add(browser)
-        self._listen(browser)
+        self._start_reading(browser)
         if browser.recovers and browser in self._keeping_up:
             self._send(browser, self._alive(self._position))
 
-    def _listen(self, browser: Browser) -> None:
-        self._stalled.discard(browser)
+    def _start_reading(self, browser: Browser) -> None:
+        self._stall_deadlines.discard(browser)
         self.loop.change(browser.sock, READ, browser)
-        leftover, browser.leftover = browser.leftover, b""
-        if leftover:
-            self._data_received(browser, leftover)
+        unread, browser.unread = browser.unread, b""
+        if unread:
+            self._data_received(browser, unread)
 
-    def _feed(self, browser: Browser) -> None:
+    def _send_backlog(self, browser: Browser) -> None:
         """Send on to a browser whose socket has room: some slices, then it is the others' turn."""
         if browser in self._leaving:
             if self._flush(browser):
@@ -1972,44 +1978,44 @@ class Hub:
                 self._hang_up_if_closed(browser)
             return
         for _ in range(TURN_SLICES):
-            if not browser.rest and not self._load(browser):
+            if not browser.unsent and not self._load_slice(browser):
                 self._evict(browser, "the next calls for it are forgotten")
                 return
             if not self._flush(browser):
                 return
-            if browser.place == self._place:
+            if browser.cursor == self._cursor:
                 break
         else:
             return
         if self._is_up_to_date(browser, self._position):
-            self._keep_up(browser)
+            self._start_keeping_up(browser)
         else:
             self._ahead[browser] = None
-            self._listen(browser)
+            self._start_reading(browser)
 
     def _flush(self, browser: Browser) -> bool:
         """Send what is left of the last send; tell whether all of it went."""
-        if browser.rest:
+        if browser.unsent:
             try:
-                browser.rest = browser.rest[browser.send(browser.rest) :]
+                browser.unsent = browser.unsent[browser.send(browser.unsent) :]
             except WOULD_BLOCK:
                 return False
             except OSError as error:
                 self._lose(browser, error)
                 return False
-            if browser in self._stalled:
-                self._stalled.add(browser, self._now)  # it takes what we send
-        return not browser.rest
+            if browser in self._stall_deadlines:
+                self._stall_deadlines.add(browser, self._now)  # it takes what we send
+        return not browser.unsent
 
-    def _load(self, browser: Browser) -> bool:
+    def _load_slice(self, browser: Browser) -> bool:
         """Take the next slice of what a browser is owed; False when it is forgotten."""
         if browser.since is not None and not self.stream.may_hold(browser.since):
-            browser.since = NOWHERE  # no call will ever have come up to there
+            browser.since = BEGINNING  # no call will ever have come up to there
         # Those who come back together share what is joined for the first of them.
-        key = (browser.place, self._place, browser.extens, browser.since)
+        key = (browser.cursor, self._cursor, browser.extens, browser.since)
         joined = self._joined.get(key)
         if joined is None:
-            slice_ = self._log.read(browser.place, self._place)
+            slice_ = self._log.read(browser.cursor, self._cursor)
             if slice_ is None:
                 return False
             frames = b"".join([call.frame for call in slice_.calls if browser.wants(call)])
@@ -2017,8 +2023,8 @@ class Hub:
             if len(self._joined) == MAX_JOINED:
                 self._joined.clear()
             self._joined[key] = joined
-        frames, browser.place = joined
-        browser.rest = memoryview(frames)
+        frames, browser.cursor = joined
+        browser.unsent = memoryview(frames)
         return True
 
     # The Hub's thread: what browsers say, or do not say.
@@ -2054,30 +2060,30 @@ class Hub:
         if protocol.is_closed and not was_closed and not browser.is_gone:
             self._hang_up_if_closed(browser)
             if protocol.error is not None:
-                self._drop(browser, DropReason.PROTOCOL_ERROR, f"sent {protocol.error}")
+                self._log_drop(browser, DropReason.PROTOCOL_ERROR, f"sent {protocol.error}")
             elif not is_leaving:
                 self._log_gone(browser, f"closed with {protocol.close_code}")
 
     def _reply(self, browser: Browser, frames: bytes) -> None:
         """Send control frames, behind what is left of the last send."""
-        if browser.rest:
-            browser.rest = b"".join((browser.rest, frames))
+        if browser.unsent:
+            browser.unsent = b"".join((browser.unsent, frames))
         elif frames:
             self._send(browser, frames)
 
     def _ping(self) -> None:
         """Ping those whose turn it is; who left MAX_UNANSWERED pings unanswered is gone."""
-        if self._pings.next_deadline() > self._now:
+        if self._ping_deadlines.next_deadline() > self._now:
             return
-        interval = self._pings.timeout
+        interval = self._ping_deadlines.timeout
         alive = self._alive(self._position)
-        for browser in self._pings.expired(self._now + PING_SLACK * interval):
+        for browser in self._ping_deadlines.expired(self._now + PING_SLACK * interval):
             if browser.unanswered == MAX_UNANSWERED:
                 silence = MAX_UNANSWERED * interval
-                self._drop(browser, DropReason.SILENT, f"was silent for {silence:.0f} s")
+                self._log_drop(browser, DropReason.SILENT, f"was silent for {silence:.0f} s")
                 self._abort(browser)
                 continue
-            self._pings.add(browser, self._now)
+            self._ping_deadlines.add(browser, self._now)
             if browser in self._keeping_up:
                 browser.unanswered += 1
                 self._send(browser, alive + PING if browser.recovers else PING)
@@ -2087,14 +2093,14 @@ class Hub:
 
     # The Hub's thread: how browsers leave.
 
-    def _drop(self, browser: Browser, reason: DropReason, text: str) -> None:
+    def _log_drop(self, browser: Browser, reason: DropReason, text: str) -> None:
         """Log and count that we end a browser's connection."""
         self.metrics.drops[reason] += 1
         log.warning("browser dropped: %s %s", browser.visitor.address, text)
 
     def _evict(self, browser: Browser, why: str) -> None:
         """Give up on a browser that does not keep up; it can come back."""
-        self._drop(browser, DropReason.TOO_SLOW, f"is too slow: {why}")
+        self._log_drop(browser, DropReason.TOO_SLOW, f"is too slow: {why}")
         self._close(browser, CloseCode.POLICY_VIOLATION, "too slow")
 
     def _close(self, browser: Browser, code: CloseCode, reason: str) -> None:
@@ -2107,7 +2113,7 @@ class Hub:
         """Send a browser no more calls; it has CLOSE_TIMEOUT to hang up."""
         self._unregister(browser)
         self._leaving.add(browser, self._now)
-        self.loop.change(browser.sock, READ | WRITE if browser.rest else READ, browser)
+        self.loop.change(browser.sock, READ | WRITE if browser.unsent else READ, browser)
 
     def _hang_up_if_closed(self, browser: Browser) -> None:
         """Send FIN once Close frames went both ways, or the connection was failed.
@@ -2115,7 +2121,7 @@ class Hub:
         The socket is closed when the peer's FIN arrives: closing it before with bytes unread
         would send a reset, which can overtake our Close frame (RFC 6455 section 7.1.1).
         """
-        if browser.protocol.is_closed and not browser.rest:
+        if browser.protocol.is_closed and not browser.unsent:
             with contextlib.suppress(OSError):
                 browser.sock.shutdown(socket.SHUT_WR)
 
@@ -2150,14 +2156,14 @@ class Hub:
         self._keeping_up.discard(browser)
         self._lagging.discard(browser)
         self._ahead.pop(browser, None)
-        self._pings.discard(browser)
-        self._stalled.discard(browser)
+        self._ping_deadlines.discard(browser)
+        self._stall_deadlines.discard(browser)
         with self._lock:
             self._registry.pop(browser, None)
 
     # The Hub's thread: the log lines.
 
-    def _connected(self) -> str:
+    def _count_text(self) -> str:
         return f"{len(self._keeping_up) + len(self._lagging)} connected"
 
     def _log_call(self, call: Call, count: int) -> None:
@@ -2175,17 +2181,17 @@ class Hub:
             trigger.source,
             count,
             "" if count == 1 else "s",
-            "" if count else f": {self._describe()}",
+            "" if count else f": {self._describe_subscribers()}",
         )
 
-    def _describe(self) -> str:
+    def _describe_subscribers(self) -> str:
         """Return who is here, for the log."""
         known = [*dict.fromkeys([*self._keeping_up.extens(), *self._lagging.extens()])]
         if not known:
             return "none is connected"
         names = ", ".join([quote_unless_plain(each) for each in known[:LOGGED_EXTENS]])
         more = len(known) - LOGGED_EXTENS
-        return f"{self._connected()}, for {names}" + (f" and {more} more" if more > 0 else "")
+        return f"{self._count_text()}, for {names}" + (f" and {more} more" if more > 0 else "")
 
     def _log_arrivals(self, arrivals: list[Browser]) -> None:
         """Log who came, in one line: after a restart all come within a second."""
@@ -2193,10 +2199,10 @@ class Hub:
         more = len(arrivals) - LOGGED_ARRIVALS
         if more > 0:
             named += f" and {more} more"
-        log.info("browser connected: %s (%s)", named, self._connected())
+        log.info("browser connected: %s (%s)", named, self._count_text())
 
     def _log_gone(self, browser: Browser, why: str) -> None:
-        log.info("browser gone: %s %s (%s)", browser.visitor.address, why, self._connected())
+        log.info("browser gone: %s %s (%s)", browser.visitor.address, why, self._count_text())
 
 
 # --- 7. HTTP -----------------------------------------------------------------------------------
@@ -2456,7 +2462,7 @@ class Connection:
     def __init__(self, sock: socket.socket, address: IPAddress, is_tls: bool) -> None:
         self.sock = sock  # non-blocking
         self.address = address  # of the peer, until a trusted proxy says who is behind it
-        self.awaits_hello = is_tls  # the first byte of its TLS handshake
+        self.awaits_client_hello = is_tls  # the first byte of its TLS handshake
         self.is_shaking_hands = False
         self.received = bytearray()
         self.request: Request | None = None  # known once its head is here
@@ -2513,7 +2519,7 @@ class Queues(NamedTuple):
 
     trigger: DeadlineQueue[Connection]
     browser: DeadlineQueue[Connection]
-    nobody: DeadlineQueue[Connection]
+    unlisted: DeadlineQueue[Connection]
     draining: DeadlineQueue[Connection]  # refused ones that may still be sending
 
 
@@ -2556,7 +2562,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._queues = queues
         self._is_stopping = False
         self._accept_again = math.inf  # when accepting is paused: until then
-        self._complain_again = 0.0  # monotonic seconds
+        self._next_complaint = 0.0  # monotonic seconds
         self._has_warned_of_proxy = False
         self._free_threads = threading.BoundedSemaphore(MAX_THREADS)
         host = "::" if config.listen is None and socket.has_dualstack_ipv6() else "0.0.0.0"
@@ -2638,24 +2644,24 @@ class Server(http.server.ThreadingHTTPServer):
             except ConnectionError:
                 continue  # it left before it was let in
             except OSError as error:
-                self._pause(error)
+                self._pause_accepting(error)
                 return
             sock.setblocking(False)
             self._read(Connection(sock, peer_address(peer[0]), self.tls is not None))
 
-    def _pause(self, error: OSError) -> None:
+    def _pause_accepting(self, error: OSError) -> None:
         """Accept nobody for a moment: the listener stays ready, and would keep us spinning."""
         now = time.monotonic()
-        if now >= self._complain_again:
+        if now >= self._next_complaint:
             log.error("cannot accept connections: %s", error.strerror)
-            self._complain_again = now + REPORT_PERIOD
+            self._next_complaint = now + REPORT_PERIOD
         self.loop.forget(self.socket)
         self._accept_again = now + ACCEPT_PAUSE
 
     def _read(self, connection: Connection) -> None:
         """Read what is there; answer a whole request, wait for the rest of another."""
         try:
-            if connection.awaits_hello:
+            if connection.awaits_client_hello:
                 begin_tls(connection, self.tls)
             if connection.is_shaking_hands:
                 shake_hands(connection)
@@ -2689,7 +2695,7 @@ class Server(http.server.ThreadingHTTPServer):
         if request is not None:
             if connection.route is None:
                 if "x-forwarded-for" in request.fields:
-                    self._see_through_proxy(connection, request.fields["x-forwarded-for"])
+                    self._apply_forwarded_for(connection, request.fields["x-forwarded-for"])
                 connection.route = self._find_route(request, connection.address)
             if connection.is_complete:
                 self._leave_queue(connection)
@@ -2710,7 +2716,7 @@ class Server(http.server.ThreadingHTTPServer):
             elif self.config.crmws_allow.allows(address):
                 queue = self._queues.browser
             else:
-                queue = self._queues.nobody
+                queue = self._queues.unlisted
             self._enter_queue(connection, queue, events)
 
     def _enter_queue(
@@ -2728,7 +2734,7 @@ class Server(http.server.ThreadingHTTPServer):
             connection.queue.discard(connection)
             connection.queue = None
 
-    def _see_through_proxy(self, connection: Connection, forwarded: str) -> None:
+    def _apply_forwarded_for(self, connection: Connection, forwarded: str) -> None:
         """Find out who is behind a trusted proxy; warn once of one that should be trusted."""
         peer, proxies = connection.address, self.config.trusted_proxies
         connection.address = client_address(peer, forwarded, proxies)
@@ -2877,8 +2883,10 @@ class RequestHandler:
         """Refuse what a foreign page had a browser send: its address may be in the list."""
         fields = self.request.fields
         site, origin = fields.get("sec-fetch-site", "none"), fields.get("origin")
-        own = [plain_origin(f"{scheme}://{fields.get('host')}") for scheme in ("http", "https")]
-        if site not in ("none", "same-origin") or (origin and plain_origin(origin) not in own):
+        own = [
+            normalize_origin(f"{scheme}://{fields.get('host')}") for scheme in ("http", "https")
+        ]
+        if site not in ("none", "same-origin") or (origin and normalize_origin(origin) not in own):
             source = quote(origin or site)
             raise RequestError(HTTPStatus.FORBIDDEN, f"a page of {source} may not trigger")
 
@@ -2888,7 +2896,7 @@ class RequestHandler:
         scheme, _, bearer = self.request.fields.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             given.append(bearer.strip())
-        if not is_given(self.server.config.secret_token, given):
+        if not matches_token(self.server.config.secret_token, given):
             reason = "token is not SECRET_TOKEN" if given else "token is missing"
             raise RequestError(HTTPStatus.UNAUTHORIZED, reason, WWW_Authenticate="Bearer")
 
@@ -2906,7 +2914,7 @@ class RequestHandler:
         check_visitor(self.server.config, visitor)
         subscription = parse_subscription(pairs)
         if hub.count() >= hub.max_browsers:
-            raise no_room(hub)
+            raise too_many_browsers(hub)
         if self.request.minor == 0:
             raise upgrade_required("WebSocket needs HTTP/1.1, also from a proxy on the way")
         accept = check_handshake(fields)
@@ -2919,7 +2927,7 @@ class RequestHandler:
             greeting += f"Sec-WebSocket-Protocol: {chosen}\r\n"
         browser = Browser(connection.sock, visitor, subscription, connection.rest)
         if not hub.subscribe(browser, f"{greeting}\r\n".encode("latin-1")):
-            raise no_room(hub)
+            raise too_many_browsers(hub)
 
     def handle_health(self) -> bytes:
         """Say whether calls get through: GET /healthz."""
@@ -2979,7 +2987,7 @@ class RequestHandler:
         return serialize_response(HTTPStatus.OK, content, fields)
 
 
-def no_room(hub: Hub) -> RequestError:
+def too_many_browsers(hub: Hub) -> RequestError:
     """Return the 503 for a browser too many."""
     reason = f"{hub.max_browsers} browsers are connected, no more may be"
     return RequestError(HTTPStatus.SERVICE_UNAVAILABLE, reason, Retry_After="30")
@@ -3018,15 +3026,17 @@ class Route(NamedTuple):
     is_slow: bool = False  # answered in a thread
 
 
-READING = ("GET", "HEAD")
+SAFE_METHODS = ("GET", "HEAD")
 ROUTES = {
     "/api/trigger": Route(("POST",), "trigger_allow", RequestHandler.handle_trigger),
     "/crmws": Route(("GET",), "crmws_allow", RequestHandler.handle_upgrade),
-    "/healthz": Route(READING, "trigger_allow", RequestHandler.handle_health, is_slow=True),
-    "/metrics": Route(READING, "trigger_allow", RequestHandler.handle_metrics),
-    "/status": Route(READING, "trigger_allow", RequestHandler.handle_status),
-    "/": Route(READING, "crmws_allow", RequestHandler.handle_desk),
-    f"/{SCRIPT_NAME}": Route(READING, "crmws_allow", RequestHandler.handle_script, is_slow=True),
+    "/healthz": Route(SAFE_METHODS, "trigger_allow", RequestHandler.handle_health, is_slow=True),
+    "/metrics": Route(SAFE_METHODS, "trigger_allow", RequestHandler.handle_metrics),
+    "/status": Route(SAFE_METHODS, "trigger_allow", RequestHandler.handle_status),
+    "/": Route(SAFE_METHODS, "crmws_allow", RequestHandler.handle_desk),
+    f"/{SCRIPT_NAME}": Route(
+        SAFE_METHODS, "crmws_allow", RequestHandler.handle_script, is_slow=True
+    ),
 }
 
 
@@ -3065,7 +3075,7 @@ def begin_tls(connection: Connection, context: ssl.SSLContext | None) -> None:
     first = connection.sock.recv(1, socket.MSG_PEEK)
     if not first:
         raise ConnectionAbortedError
-    connection.awaits_hello = False
+    connection.awaits_client_hello = False
     if first != TLS_HANDSHAKE or context is None:
         raise bad_request(
             "plain http on the https port: the address begins with https:// or wss://"
@@ -3177,7 +3187,7 @@ def serialize_command(*words: object) -> bytes:
     return b"*%d\r\n" % len(parts) + b"".join(parts)
 
 
-class Link:
+class RedisLink:
     """A connection to Redis. Belongs to one thread, which waits for replies."""
 
     def __init__(self, url: RedisURL) -> None:
@@ -3341,9 +3351,9 @@ class Pending:
         "key",
         "parameters",
         "place",
-        "sent",
         "size",
         "source",
+        "written",
     )
 
     def __init__(
@@ -3357,15 +3367,15 @@ class Pending:
         self.size = sum(len(name) + len(value) for name, value in parameters.items())
         self.place = 0  # in the log, once it is delivered early
         self.extens: frozenset[str] | None = None  # who was told then
-        self.sent = -math.inf  # when it was last written into the stream
+        self.written = -math.inf  # when it was last written into the stream
 
 
 class RedisStream:
     """The calls of all nodes: as LocalStream. Nobody who publishes waits for Redis."""
 
     def __init__(self, url: RedisURL, seconds: float) -> None:
-        self.log = Log(seconds, NOWHERE)
-        self.log.is_whole = False  # until the stream was read
+        self.log = Log(seconds, BEGINNING)
+        self.log.is_complete = False  # until the stream was read
         self._url = url
         self._start = time.monotonic()
         self._has_tried = threading.Event()  # to read the history
@@ -3373,11 +3383,11 @@ class RedisStream:
         self._changed = threading.Condition(self._lock)  # _pending is another
         # Guarded by the lock.
         self._state, self._reason = RedisState.AWAY, f"connecting to {url}"
-        self._broken = {"read", "write"}  # links
+        self._broken_links = {"read", "write"}  # links
         self._is_synchronized = False  # it is known where the history begins
         # Milliseconds from our monotonic clock to Redis's; at first, to our own clock.
         self._offset = int((time.time() - self._start) * 1000)
-        self._news_begin = NOWHERE  # calls up to here are history, not news
+        self._live_after = BEGINNING  # calls up to here are history, not news
         self._node, self._number = os.urandom(4).hex(), 0  # of the last key
         self._pending: collections.OrderedDict[str, Pending] = collections.OrderedDict()
         self._pending_size = 0  # characters of what was sent to us
@@ -3390,8 +3400,8 @@ class RedisStream:
     def start(self, supervisor: Supervisor, deliver: Callable[[], None]) -> None:
         """Begin; wait a moment for the history, so that those who come back find it."""
         self._deliver = deliver
-        supervisor.run("redis-read", partial(self._keep_linked, self._read))
-        supervisor.run("redis-write", partial(self._keep_linked, self._write))
+        supervisor.run("redis-read", partial(self._keep_connected, self._read))
+        supervisor.run("redis-write", partial(self._keep_connected, self._write))
         self._has_tried.wait(REDIS_START)
 
     def clock(self) -> int:
@@ -3408,32 +3418,32 @@ class RedisStream:
             self._pending[pending.key] = pending
             self._pending_size += pending.size
             self._undelivered.append(pending)
-            self._give_up()
+            self._expire_pending()
             is_up = self._state is RedisState.UP and len(self._undelivered) <= REDIS_WAITING
             done = [] if is_up else self._deliver_early(math.inf)
             self._changed.notify_all()
         if done:
-            self._conclude(done)
+            self._deliver_and_answer(done)
 
     def resume(self, since: CallID) -> Resumption:
         """Return where a browser goes on, which may have heard more than we have read yet."""
         with self._lock:
-            resumption = self.log.resume(since if self.may_hold(since) else NOWHERE)
+            resumption = self.log.resume(since if self.may_hold(since) else BEGINNING)
             early = (each.place for each in self._pending.values() if each.extens is not None)
-            place = min(resumption.place, next(early, resumption.place))
-        is_complete = resumption.is_complete and self.log.is_whole
+            place = min(resumption.cursor, next(early, resumption.cursor))
+        is_complete = resumption.is_complete and self.log.is_complete
         return Resumption(max(place, self.log.start), resumption.since, is_complete)
 
     def may_hold(self, since: CallID) -> bool:
         """Tell whether a position is one of this stream, which others may have read further."""
         # What is far ahead of us is another stream's, or was lost.
         is_near = abs(since.milliseconds - self.clock()) < 1000 * REDIS_AHEAD
-        return since <= self.log.position or is_near or not self.log.is_whole
+        return since <= self.log.position or is_near or not self.log.is_complete
 
     def status(self) -> RedisStatus:
         """Return how Redis is."""
         with self._lock:
-            self._give_up()
+            self._expire_pending()
             return RedisStatus(self._state, self._reason, len(self._pending), self._lost)
 
     def close(self) -> None:
@@ -3443,9 +3453,9 @@ class RedisStream:
             done = self._deliver_early(math.inf)
             if self._pending:
                 log.warning("%d calls did not reach the other nodes", len(self._pending))
-        self._conclude(done)
+        self._deliver_and_answer(done)
 
-    def _conclude(self, answers: list[Callable[[], None]]) -> None:
+    def _deliver_and_answer(self, answers: list[Callable[[], None]]) -> None:
         """Let the log's new calls be delivered, and those who triggered be answered."""
         self._deliver()
         for answer in answers:
@@ -3453,37 +3463,37 @@ class RedisStream:
 
     # Either link's thread.
 
-    def _keep_linked(self, work: Callable[[Link], None]) -> None:
+    def _keep_connected(self, work: Callable[[RedisLink], None]) -> None:
         """Do it with one link after the other."""
         delay, longest = REDIS_DELAYS
         while True:
             began = time.monotonic()
             try:
-                with contextlib.closing(Link(self._url)) as link:
+                with contextlib.closing(RedisLink(self._url)) as link:
                     work(link)
             except (OSError, RedisError) as error:
-                self._break(error)
+                self._link_broke(error)
             if time.monotonic() - began > longest:
                 delay = REDIS_DELAYS[0]
             time.sleep(delay * random.uniform(0.5, 1))
             delay = min(2 * delay, longest)
 
-    def _mend(self, name: str) -> None:
+    def _link_is_up(self, name: str) -> None:
         """Take note that a link works."""
         with self._lock:
-            self._broken.discard(name)
-            if not self._broken and self._state is RedisState.AWAY:
-                self._enter(RedisState.UP, f"calls are shared by {self._url}")
+            self._broken_links.discard(name)
+            if not self._broken_links and self._state is RedisState.AWAY:
+                self._set_state(RedisState.UP, f"calls are shared by {self._url}")
                 lost, self._reported = self._lost - self._reported, self._lost
                 if lost:
                     log.warning("%d calls did not reach the other nodes", lost)
 
-    def _be_quick(self) -> None:
+    def _end_slowness(self) -> None:
         """Take note, under the lock, that Redis has caught up."""
         if self._state is RedisState.SLOW:
-            self._enter(RedisState.UP, f"calls are shared by {self._url} again")
+            self._set_state(RedisState.UP, f"calls are shared by {self._url} again")
 
-    def _break(self, error: Exception) -> None:
+    def _link_broke(self, error: Exception) -> None:
         """Take note of why a link broke, and log it when that is news to an admin."""
         is_refusal = isinstance(error, RedisError) and not str(error).startswith("LOADING")
         verb = "refuses" if isinstance(error, RedisError) else "cannot be reached"
@@ -3492,26 +3502,26 @@ class RedisStream:
         text = getattr(error, "strerror", None) or str(error)
         reason = f"{self._url} {verb}: {quote(text, 200)}"
         with self._lock:
-            self._broken = {"read", "write"}  # the other one has to show that it works, too
+            self._broken_links = {"read", "write"}  # the other one has to show that it works, too
             is_first = self._state is not RedisState.AWAY or not self._has_tried.is_set()
             self._has_tried.set()
             if is_first or (is_refusal and reason != self._reason):
-                self._enter(RedisState.AWAY, reason)
+                self._set_state(RedisState.AWAY, reason)
             done = self._deliver_early(math.inf)
-            self._send_again()
-        self._conclude(done)
+            self._mark_unwritten()
+        self._deliver_and_answer(done)
 
-    def _enter(self, state: RedisState, reason: str) -> None:
+    def _set_state(self, state: RedisState, reason: str) -> None:
         self._state, self._reason = state, reason
         level = logging.INFO if state is RedisState.UP else logging.WARNING
         log.log(level, "Redis is %s: %s", state.value, reason)
 
     # The thread that reads.
 
-    def _read(self, link: Link) -> None:
+    def _read(self, link: RedisLink) -> None:
         """Take in what was missed, then what comes; look at the stream again when nothing does."""
         head = ("XREAD", "COUNT", REDIS_BATCH, "BLOCK")
-        position, block = self._look(link), 1  # milliseconds: at first, take what is there
+        position, block = self._check_stream(link), 1  # milliseconds: at first, take what is there
         while True:
             command = (*head, block, "STREAMS", self._url.stream, position)
             (reply,) = link.ask(command, patience=REDIS_BLOCK)
@@ -3519,15 +3529,15 @@ class RedisStream:
                 position, entries = parse_stream(reply)
                 self._receive(position, entries)
             else:
-                position, block = self._look(link), int(REDIS_BLOCK * 1000)
+                position, block = self._check_stream(link), int(REDIS_BLOCK * 1000)
             if block > 1:
-                if not self.log.is_whole:
-                    self.log.is_whole = True
+                if not self.log.is_complete:
+                    self.log.is_complete = True
                     self._deliver()  # to those who wait for it
-                self._mend("read")
+                self._link_is_up("read")
                 self._has_tried.set()
 
-    def _look(self, link: Link) -> CallID:
+    def _check_stream(self, link: RedisLink) -> CallID:
         """Find out which entries there are; return where to read on."""
         stream, position = self._url.stream, self.log.position
         clock, newest, oldest = link.ask(
@@ -3548,26 +3558,26 @@ class RedisStream:
         except RedisError as error:
             log.debug("another node has done it already: %s", error)
         with self._lock:
-            self._send_again()
+            self._mark_unwritten()
             # Others may have gone on: what is known already is passed over.
-            self._news_begin = self._horizon(parse_time(clock))
-            return self._news_begin
+            self._live_after = self._history_start(parse_time(clock))
+            return self._live_after
 
-    def _horizon(self, now: int) -> CallID:
+    def _history_start(self, now: int) -> CallID:
         """Return the position before which calls are no news to anybody."""
-        return CallID(max(now - int(self._patience() * 1000), 0), 0)
+        return CallID(max(now - int(self._retention() * 1000), 0), 0)
 
     def _synchronize(self, now: int, first: CallID, last: CallID) -> CallID:
         """Take note of a stream that begins and ends there; return where to read on."""
         with self._lock:
             now = max(now, last.milliseconds)  # the clock was set back, or is another machine's
             age = int((time.monotonic() - self._start) * 1000)
-            self._news_begin = max(self._horizon(now), CallID(max(now - age, 0), 0))
+            self._live_after = max(self._history_start(now), CallID(max(now - age, 0), 0))
             position = self.log.position
             if not self._is_synchronized:
-                position = min(self._horizon(now), last)
+                position = min(self._history_start(now), last)
             if not self._is_synchronized or first > position:
-                self.log.begin_at(max(first, position))
+                self.log.begin_after(max(first, position))
                 self.log.advance(position)
             self._is_synchronized = True
             return position
@@ -3582,25 +3592,25 @@ class RedisStream:
             ahead = self.log.position.milliseconds - int(time.monotonic() * 1000)
             self._offset = max(self._offset, ahead)
             self._changed.notify_all()
-        self._conclude(done)
+        self._deliver_and_answer(done)
 
     def _receive_entry(self, entry: Entry) -> list[Callable[[], None]]:
         """Put a call of the stream into the log; return the answer to who triggered it here."""
         pending = self._pending.pop(entry.key, None)
         self._pending_size -= pending.size if pending else 0
-        if not self._remember(entry.key):
+        if not self._add_key(entry.key):
             return []
         delay = max(self.clock() - entry.time, 0) / 1000
         began = pending.began if pending else time.monotonic() - delay
         trigger = Trigger(entry.key, entry.time, entry.parameters, entry.source, began)
         position = max(entry.position, self.log.position)  # behind, when read once more
         if pending is None:
-            self.log.append(position, trigger, is_again=entry.position <= self._news_begin)
+            self.log.append(position, trigger, is_history=entry.position <= self._live_after)
             return []
-        if not self._pending or time.monotonic() - pending.sent < REDIS_PATIENCE:
-            self._be_quick()
+        if not self._pending or time.monotonic() - pending.written < REDIS_PATIENCE:
+            self._end_slowness()
         if pending.extens is not None:
-            self.log.append(position, trigger, pending.extens, is_again=True)
+            self.log.append(position, trigger, pending.extens, is_history=True)
             return []
         self._undelivered.remove(pending)
         self.log.append(position, trigger)
@@ -3608,7 +3618,7 @@ class RedisStream:
 
     # The thread that writes.
 
-    def _write(self, link: Link) -> None:
+    def _write(self, link: RedisLink) -> None:
         """Put calls into the stream until they come back; deliver early what takes too long."""
         head = ("XADD", self._url.stream, "MAXLEN", "~", STREAM_LENGTH, "*")
         self._set_clock(parse_time(link.ask(("TIME",))[0]))
@@ -3619,11 +3629,11 @@ class RedisStream:
             began = time.monotonic()
             link.send(("TIME",), *commands)
             if not link.answers_within(REDIS_PATIENCE):
-                self._be_slow()
+                self._begin_slowness()
             clock, *_ = link.receive(1 + len(commands))
             if time.monotonic() - began < REDIS_PATIENCE:  # else it may be an old one
                 self._set_clock(parse_time(clock))
-            self._mend("write")
+            self._link_is_up("write")
 
     def _set_clock(self, now: int) -> None:
         """Take note of Redis's time as it is just now; its stream may be ahead."""
@@ -3631,57 +3641,57 @@ class RedisStream:
             now = max(now, self.log.position.milliseconds)
             self._offset = now - int(time.monotonic() * 1000)
             if not self._pending:
-                self._be_quick()
+                self._end_slowness()
 
     def _next_batch(self, seconds: float) -> list[tuple[object, ...]]:
         """Return the fields of calls to put into the stream now; of none after some seconds."""
         deadline = time.monotonic() + seconds
         while True:
-            self._be_slow(REDIS_PATIENCE)
+            self._begin_slowness(REDIS_PATIENCE)
             with self._lock:
-                self._give_up()
+                self._expire_pending()
                 batch = self._due()
                 now = time.monotonic()
                 if batch or now >= deadline:
-                    return [self._send(pending) for pending in batch]
+                    return [self._entry_fields(pending) for pending in batch]
                 until = deadline
                 if self._undelivered:
                     until = min(until, self._undelivered[0].began + REDIS_PATIENCE)
                 self._changed.wait(max(until - now, 0))
 
-    def _be_slow(self, patience: float = 0.0) -> None:
+    def _begin_slowness(self, patience: float = 0.0) -> None:
         """Deliver early what has waited for so long, and all from now on: Redis is slow."""
         with self._lock:
             done = self._deliver_early(time.monotonic() - patience)
             if (done or not patience) and self._state is RedisState.UP:
-                self._enter(
+                self._set_state(
                     RedisState.SLOW, "calls are delivered here first until it has caught up"
                 )
         if done:
-            self._conclude(done)
+            self._deliver_and_answer(done)
 
     # Under the lock: calls that have not come back.
 
     def _due(self) -> list[Pending]:
         """Return calls that were not written, or have not come back since."""
         before = time.monotonic() - REDIS_TIMEOUT
-        due = (each for each in self._pending.values() if each.sent < before)
+        due = (each for each in self._pending.values() if each.written < before)
         return list(itertools.islice(due, REDIS_BATCH))
 
-    def _send(self, pending: Pending) -> tuple[object, ...]:
+    def _entry_fields(self, pending: Pending) -> tuple[object, ...]:
         """Return the fields of a call's entry, and take note that it is written."""
-        pending.sent = time.monotonic()
+        pending.written = time.monotonic()
         text = json.dumps(pending.parameters, ensure_ascii=False, separators=(",", ":"))
         call = ("source", pending.source, "parameters", text)
-        return ("key", pending.key, "time", self._time_of(pending), *call)
+        return ("key", pending.key, "time", self._trigger_time(pending), *call)
 
-    def _time_of(self, pending: Pending) -> int:
+    def _trigger_time(self, pending: Pending) -> int:
         return max(self._offset + int(pending.began * 1000), 0)
 
-    def _send_again(self) -> None:
+    def _mark_unwritten(self) -> None:
         """Take note that what was written may not have arrived."""
         for pending in self._pending.values():
-            pending.sent = -math.inf
+            pending.written = -math.inf
         self._changed.notify_all()
 
     def _deliver_early(self, until: float) -> list[Callable[[], None]]:
@@ -3690,19 +3700,19 @@ class RedisStream:
         while self._undelivered and self._undelivered[0].began <= until:
             pending = self._undelivered.popleft()
             facts = (pending.parameters, pending.source, pending.began)
-            trigger = Trigger(pending.key, self._time_of(pending), *facts)
+            trigger = Trigger(pending.key, self._trigger_time(pending), *facts)
             call = self.log.append(self.log.position, trigger, is_early=True)
             pending.place, pending.extens = call.place, call.extens
             answers.append(pending.answer)
         return answers
 
-    def _patience(self) -> float:
+    def _retention(self) -> float:
         """Return the seconds after which a call is no news to anybody."""
         return max(self.log.seconds, REDIS_KEEP)
 
-    def _give_up(self) -> None:
+    def _expire_pending(self) -> None:
         """Forget the calls that waited for too long."""
-        oldest = time.monotonic() - self._patience()
+        oldest = time.monotonic() - self._retention()
         while self._pending:
             pending = next(iter(self._pending.values()))
             is_full = len(self._pending) > MAX_HISTORY or self._pending_size > MAX_HISTORY_SIZE
@@ -3710,10 +3720,10 @@ class RedisStream:
                 break
             del self._pending[pending.key]
             self._pending_size -= pending.size
-            self._remember(pending.key)
+            self._add_key(pending.key)
             self._lost += 1
 
-    def _remember(self, key: str) -> bool:
+    def _add_key(self, key: str) -> bool:
         """Take note of a key; tell whether it is new."""
         is_new = key not in self._keys
         self._keys[key] = None
@@ -3825,7 +3835,7 @@ class IncomingCall:
         self.linkedid = uniqueid  # that it has now
         self.is_withheld = is_withheld
         self.number = self.name = self.did = ""
-        self.is_told = False  # somebody may have it on the screen
+        self.is_notified = False  # somebody may have it on the screen
         self.exten = ""  # of the phone that has it
 
     def describe(self, event: Mapping[str, str]) -> None:
@@ -3855,130 +3865,130 @@ class Switchboard:
     """
 
     def __init__(self, trunks: Trunks, is_withheld: Callable[[str], bool]) -> None:
-        self.is_deaf = False  # there are new channels, but no events that tell of them
+        self.lacks_events = False  # there are new channels, but no events that tell of them
         self._trunks = trunks
         self._is_withheld = is_withheld
         self._channels: dict[str, Channel] = {}  # by uniqueid, the oldest first
-        self._rooms: dict[str, set[Channel]] = {}  # who is in a bridge, or is a Local channel
+        self._groups: dict[str, set[Channel]] = {}  # who is in a bridge, or is a Local channel
         self._calls: dict[str, IncomingCall] = {}  # by the uniqueid of the caller's channel
         self._listed: dict[str, Mapping[str, str]] = {}  # of the list that is coming
-        self._unheard = -1  # lists with channels that are news; -1: no list has come
-        self._news: list[dict[str, str]] = []
+        self._unannounced_lists = -1  # that brought new channels; -1: none came
+        self._triggers: list[dict[str, str]] = []
 
     def receive_event(self, event: Mapping[str, str]) -> list[dict[str, str]]:
         """Return what there is to tell after an event."""
         kind = event.get("Event")
-        channel, phone = self._find(event), self._find(event, "Dest")
+        channel, phone = self._find_channel(event), self._find_channel(event, "Dest")
         call = self._calls.get(channel.uniqueid) if channel is not None else None
         if call is not None:
             call.describe(event)
         if kind == "Newchannel":
-            self._begin(event)
+            self._begin_channel(event)
         elif kind == "DialBegin" and phone is not None:
-            self._ring(call or self._linked(event.get("DestLinkedid", "")), phone)
+            self._ring(call or self._find_call(event.get("DestLinkedid", "")), phone)
         elif kind == "DialEnd" and phone is not None:
             phone.rings_for = None
         elif kind == "BridgeEnter" and channel is not None:
             # All who are parked share a bridge, and none of them talks to another.
             is_holding = event.get("BridgeTechnology") == "holding_bridge"
-            self._move(channel, "" if is_holding else event.get("BridgeUniqueid", ""))
+            self._change_bridge(channel, "" if is_holding else event.get("BridgeUniqueid", ""))
         elif kind == "BridgeLeave" and channel is not None:
             if channel.bridge == event.get("BridgeUniqueid"):
-                self._move(channel, "")
+                self._change_bridge(channel, "")
         elif kind == "Hangup" and channel is not None:
-            self._remove(channel)
+            self._remove_channel(channel)
         elif kind == "CoreShowChannel" and len(self._listed) < MAX_CHANNELS:
             self._listed[event.get("Uniqueid", "")] = event
         elif kind == "CoreShowChannelsComplete":
-            self._compare()
-        news, self._news = self._news, []
-        return news
+            self._apply_list()
+        triggers, self._triggers = self._triggers, []
+        return triggers
 
     def disconnect(self) -> None:
         """Take note that the connection is lost: what channels there are, the next list says."""
-        for known in (self._channels, self._rooms, self._listed):
+        for known in (self._channels, self._groups, self._listed):
             known.clear()
-        self.is_deaf, self._unheard = False, -1
+        self.lacks_events, self._unannounced_lists = False, -1
 
-    def _tell(self, call: IncomingCall, event: str, exten: str) -> None:
-        call.is_told = True
-        self._news.append(call.trigger(event, exten))
+    def _notify(self, call: IncomingCall, event: str, exten: str) -> None:
+        call.is_notified = True
+        self._triggers.append(call.trigger(event, exten))
 
-    def _find(self, event: Mapping[str, str], prefix: str = "") -> Channel | None:
+    def _find_channel(self, event: Mapping[str, str], prefix: str = "") -> Channel | None:
         """Return the channel that an event is about; None for one that is unknown or forged."""
         channel = self._channels.get(event.get(f"{prefix}Uniqueid", ""))
         is_it = channel is not None and channel.name == event.get(f"{prefix}Channel")
         return channel if is_it else None
 
-    def _linked(self, linkedid: str) -> IncomingCall | None:
+    def _find_call(self, linkedid: str) -> IncomingCall | None:
         """Return the call that a linkedid belongs to, perhaps only since a transfer."""
         linked = (call for call in self._calls.values() if call.linkedid == linkedid)
         return self._calls.get(linkedid) or next(linked, None)
 
-    def _begin(self, event: Mapping[str, str]) -> None:
-        self._unheard = 0
-        self._add(event)
-        channel = self._find(event)
+    def _begin_channel(self, event: Mapping[str, str]) -> None:
+        self._unannounced_lists = 0
+        self._add_channel(event)
+        channel = self._find_channel(event)
         if channel is not None and channel.uniqueid in self._calls:
             self._calls[channel.uniqueid].did = re.sub(r"[^0-9+]", "", event.get("Exten", ""))
 
-    def _add(self, event: Mapping[str, str]) -> Channel | None:
+    def _add_channel(self, event: Mapping[str, str]) -> Channel | None:
         """Return the channel that an event names, if it is new."""
         uniqueid, name = event.get("Uniqueid"), event.get("Channel")
         if not uniqueid or not name or uniqueid in self._channels:
             return None
         if len(self._channels) >= MAX_CHANNELS:
-            self._remove(next(iter(self._channels.values())))
+            self._remove_channel(next(iter(self._channels.values())))
         channel = self._channels[uniqueid] = Channel(uniqueid, name, self._trunks)
         if channel.pair:
-            self._rooms.setdefault(channel.pair, set()).add(channel)
+            self._groups.setdefault(channel.pair, set()).add(channel)
         is_first = event.get("Linkedid") == uniqueid and uniqueid not in self._calls
         if channel.is_trunk and is_first and event.get("ChannelState") != CHANNEL_DOWN:
             call = self._calls[uniqueid] = IncomingCall(uniqueid, self._is_withheld(name))
             call.describe(event)
         return channel
 
-    def _remove(self, channel: Channel) -> None:
+    def _remove_channel(self, channel: Channel) -> None:
         """Forget a channel; with a caller's, the call is over."""
-        self._move(channel, "")
-        self._leave_room(channel, channel.pair)
+        self._change_bridge(channel, "")
+        self._leave_group(channel, channel.pair)
         del self._channels[channel.uniqueid]
         if channel.uniqueid in self._calls:
-            self._end(self._calls[channel.uniqueid])
+            self._end_call(self._calls[channel.uniqueid])
 
-    def _end(self, call: IncomingCall) -> None:
+    def _end_call(self, call: IncomingCall) -> None:
         """Tell those who heard of a call that it is over, and forget it."""
-        if call.is_told:
-            self._tell(call, "end", call.exten)
+        if call.is_notified:
+            self._notify(call, "end", call.exten)
         del self._calls[call.uniqueid]
 
-    def _leave_room(self, channel: Channel, name: str) -> None:
-        room = self._rooms.get(name, set())
-        room.discard(channel)
-        if not room:
-            self._rooms.pop(name, None)
+    def _leave_group(self, channel: Channel, name: str) -> None:
+        group = self._groups.get(name, set())
+        group.discard(channel)
+        if not group:
+            self._groups.pop(name, None)
 
-    def _place(self, channel: Channel, bridge: str) -> None:
+    def _set_bridge(self, channel: Channel, bridge: str) -> None:
         """Note the bridge that a channel is in now; empty: none."""
-        self._leave_room(channel, channel.bridge)
+        self._leave_group(channel, channel.bridge)
         channel.bridge = bridge
         if bridge:
-            self._rooms.setdefault(bridge, set()).add(channel)
+            self._groups.setdefault(bridge, set()).add(channel)
 
-    def _move(self, channel: Channel, bridge: str) -> None:
+    def _change_bridge(self, channel: Channel, bridge: str) -> None:
         """Place a channel, and look who talks to whom now, also among those it has left."""
         left = channel.bridge
-        self._place(channel, bridge)
-        for each in (*itertools.islice(self._rooms.get(left, ()), 1), channel):
-            self._settle(each)
+        self._set_bridge(channel, bridge)
+        for each in (*itertools.islice(self._groups.get(left, ()), 1), channel):
+            self._notify_answers(each)
 
-    def _settle(self, channel: Channel) -> None:
-        """Tell who has the callers that a channel is connected with, if that is news."""
+    def _notify_answers(self, channel: Channel) -> None:
+        """Tell who has the callers that a channel is connected with, unless known."""
         connected, fresh = {channel}, [channel]
         while fresh:
             each = fresh.pop()
             for name in (each.bridge, each.pair):
-                near = self._rooms.get(name, set()) - connected
+                near = self._groups.get(name, set()) - connected
                 connected |= near
                 fresh += near
         calls = [self._calls[each.uniqueid] for each in connected if each.uniqueid in self._calls]
@@ -3987,9 +3997,9 @@ class Switchboard:
         extens = phones or {each.exten for each in others}
         for call in calls if len(extens) == 1 else ():
             # Who was sent out again, to a mobile phone, is gone from the screens that have it.
-            if call.exten not in extens and (phones or call.is_told):
+            if call.exten not in extens and (phones or call.is_notified):
                 (call.exten,) = extens
-                self._tell(call, "answer", call.exten)
+                self._notify(call, "answer", call.exten)
 
     def _ring(self, call: IncomingCall | None, phone: Channel) -> None:
         """Tell that a phone rings: once, though each of its contacts has a channel."""
@@ -3999,33 +4009,33 @@ class Switchboard:
         phone.rings_for = call
         if phone.exten not in {each.exten for each in ringing}:
             call.exten = ""  # whoever gets it now is told, if it is the same phone again, too
-            self._tell(call, "ring", phone.exten)
+            self._notify(call, "ring", phone.exten)
 
-    def _compare(self) -> None:
+    def _apply_list(self) -> None:
         """Let go what the list of all channels lacks, and take in what it has more."""
         listed, self._listed = self._listed, {}
         for channel in [each for key, each in self._channels.items() if key not in listed]:
-            self._remove(channel)
+            self._remove_channel(channel)
         for call in [each for key, each in self._calls.items() if key not in listed]:
-            self._end(call)
+            self._end_call(call)
         known = set(self._calls)
-        added = [(self._add(event), event) for event in listed.values()]
+        added = [(self._add_channel(event), event) for event in listed.values()]
         missed = [(channel, event) for channel, event in added if channel is not None]
         for channel, event in missed:
-            self._place(channel, event.get("BridgeId", ""))
+            self._set_bridge(channel, event.get("BridgeId", ""))
         for channel, _ in missed:
-            self._settle(channel)
+            self._notify_answers(channel)
         # Who has a call that began before we listened was told, perhaps, by the daemon that ran
         # then. That is not told again; what changes and the end are.
         older = self._calls.keys() - known
-        self._news = [told for told in self._news if told["uniqueid"] not in older]
+        self._triggers = [told for told in self._triggers if told["uniqueid"] not in older]
         for uniqueid in older:
-            self._calls[uniqueid].is_told = True
+            self._calls[uniqueid].is_notified = True
         for channel, event in missed:
             if event.get("ChannelState") == CHANNEL_RINGING:
-                self._ring(self._linked(event.get("Linkedid", "")), channel)
-        self._unheard += 1 if missed or self._unheard < 0 else 0
-        self.is_deaf = self._unheard > 1
+                self._ring(self._find_call(event.get("Linkedid", "")), channel)
+        self._unannounced_lists += 1 if missed or self._unannounced_lists < 0 else 0
+        self.lacks_events = self._unannounced_lists > 1
 
 
 class ManagerLink:
@@ -4035,7 +4045,7 @@ class ManagerLink:
         self._run = os.urandom(8).hex()  # begins the ID of each action
         self._count = 0
         self._parser = ManagerParser()
-        self._kept: list[dict[str, str]] = []  # came while an answer was waited for
+        self._unread: list[dict[str, str]] = []  # came while an answer was waited for
         with contextlib.ExitStack() as stack:
             self._sock = socket.create_connection((url.host, url.port), AMI_TIMEOUT)
             stack.callback(self._sock.close)
@@ -4072,12 +4082,12 @@ class ManagerLink:
         while len(found) < len(action_ids) and time.monotonic() < deadline:
             for message in self._read(deadline - time.monotonic()):
                 is_answer = "Response" in message and message.get("ActionID") in action_ids
-                (found if is_answer else self._kept).append(message)
+                (found if is_answer else self._unread).append(message)
         return found
 
     def receive(self, seconds: float) -> list[dict[str, str]]:
         """Return the messages that come next; none when nothing comes for so long."""
-        kept, self._kept = self._kept, []
+        kept, self._unread = self._unread, []
         return kept or self._read(seconds)
 
     def _read(self, seconds: float) -> list[dict[str, str]]:
@@ -4141,7 +4151,7 @@ class Asterisk:
                 with contextlib.closing(ManagerLink(self._url)) as self._link:
                     self._follow(self._link)
             except (OSError, ManagerError) as error:
-                self._lose(error)
+                self._disconnected(error)
                 if isinstance(error, ManagerError):
                     delay = longest  # fail2ban counts refused logins
                 elif time.monotonic() - began > longest:
@@ -4149,25 +4159,25 @@ class Asterisk:
             time.sleep(delay * random.uniform(0.5, 1))
             delay = min(2 * delay, longest)
 
-    def _enter(self, is_up: bool, reason: str) -> None:
+    def _set_status(self, is_up: bool, reason: str) -> None:
         self._status = self._status._replace(is_up=is_up, since=time.time(), reason=reason)
         level = logging.INFO if is_up else logging.WARNING
         log.log(level, "Asterisk is %s: %s", "up" if is_up else "away", reason)
 
-    def _lose(self, error: Exception) -> None:
-        """Take note that there is no link; log why when that is news to an admin."""
+    def _disconnected(self, error: Exception) -> None:
+        """Take note that there is no link; log why when it is news to an admin."""
         self._board.disconnect()
         reason = str(error)
         if isinstance(error, OSError):
             reason = f"{self._url} cannot be reached: {error.strerror or error}"
         is_refusal = isinstance(error, ManagerError) and reason != self._status.reason
         if self._status.is_up or is_refusal or not self._has_tried:
-            self._enter(False, reason)
+            self._set_status(False, reason)
         self._has_tried = True
 
     def _follow(self, link: ManagerLink) -> None:
         """Take in what comes, until the link breaks or Asterisk is silent."""
-        self._enter(True, f"logged in as {self._url}")
+        self._set_status(True, f"logged in as {self._url}")
         self._refused.clear()
         self._list_id, due = "", time.monotonic()
         while True:
@@ -4178,24 +4188,24 @@ class Asterisk:
                 self._list_id = link.ask("CoreShowChannels" if may_list else "Ping")
                 due = time.monotonic() + AMI_PERIOD
             for message in link.receive(due - time.monotonic()):
-                self._take(message)
+                self._receive(message)
 
-    def _take(self, message: Mapping[str, str]) -> None:
+    def _receive(self, message: Mapping[str, str]) -> None:
         """Take in an event, or what answers the last list."""
         is_list = bool(self._list_id) and message.get("ActionID") == self._list_id
         kind = message.get("Event", "")
         if is_list and message.get("Message") == "Permission denied":
-            self._warn("CoreShowChannels")
+            self._warn_of_missing_right("CoreShowChannels")
             message, kind = {"Event": "CoreShowChannelsComplete"}, "CoreShowChannelsComplete"
         if is_list and (kind == "CoreShowChannelsComplete" or "Ping" in message):
             self._list_id = ""
         if kind and (is_list or not kind.startswith("CoreShowChannel")):
-            news = self._board.receive_event(message)
+            triggers = self._board.receive_event(message)
             self._status = self._status._replace(events=self._status.events + 1)
-            for parameters in news:
+            for parameters in triggers:
                 self._publish(parameters)
-        if self._board.is_deaf:
-            self._warn("events")
+        if self._board.lacks_events:
+            self._warn_of_missing_right("events")
 
     def _is_withheld(self, channel: str) -> bool:
         """Ask Asterisk whether a caller withholds the number."""
@@ -4204,11 +4214,11 @@ class Asterisk:
         ask = partial(self._link.ask, "Getvar", Channel=channel)
         answers = self._link.answers([ask(Variable=each) for each in PRESENTATION], AMI_PATIENCE)
         if any(each.get("Message") == "Permission denied" for each in answers):
-            self._warn("Getvar")
+            self._warn_of_missing_right("Getvar")
         values = [each.get("Value", "") for each in answers]
         return any(value and not value.startswith("allowed") for value in values)
 
-    def _warn(self, right: str) -> None:
+    def _warn_of_missing_right(self, right: str) -> None:
         """Log once that the account lacks a right."""
         if right not in self._refused:
             self._refused.add(right)
@@ -4231,10 +4241,10 @@ class Asterisk:
 
 HEALTH_TIMEOUT = 2.0  # seconds that each thread has to show that it turns
 # Seconds. Of the refusals of an address with a status in such a period the first REPORT_LINES
-# are logged, the others summed up at its end, or when there are REPORT_KEYS of such pairs.
+# are logged, the others summed up at its end, or when there are REPORT_PAIRS of such pairs.
 REPORT_PERIOD = 60.0
 REPORT_LINES = 3
-REPORT_KEYS = 1000
+REPORT_PAIRS = 1000
 LATEST = 20  # refusals that are kept to be shown
 SHOWN_BROWSERS = 500  # at most
 DELIVERY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)  # seconds
@@ -4279,7 +4289,7 @@ class RefusalLog:
             self.deadline = min(self.deadline, time.monotonic() + REPORT_PERIOD)
             self.totals[error.status.value] += 1
             self._counts[key] += 1
-            count, is_full = self._counts[key], len(self._counts) >= REPORT_KEYS
+            count, is_full = self._counts[key], len(self._counts) >= REPORT_PAIRS
         if count <= REPORT_LINES:
             log.warning("refused: %s %d %s", *key, error)
         if is_full:
@@ -5054,10 +5064,10 @@ class Daemon:
                 log.error("%s", line)
             log.error("the configuration was not reloaded: the old one stays in force")
         else:
-            self._apply(config, tls)
+            self._apply_config(config, tls)
         self.manager.notify("READY=1")
 
-    def _apply(self, config: Config, tls: ssl.SSLContext | None) -> None:
+    def _apply_config(self, config: Config, tls: ssl.SSLContext | None) -> None:
         for key in KEYS:
             old = getattr(self.config, key.name.lower())
             if key.needs_restart and old != getattr(config, key.name.lower()):

@@ -731,7 +731,7 @@ class TestOrigins(unittest.TestCase):
     def test_table(self) -> None:
         for text, origin, allowed in ORIGINS:
             with self.subTest(list=text, origin=origin):
-                self.assertIs(popup_notifier.parse_origins(text).allow(origin), allowed)
+                self.assertIs(popup_notifier.parse_origins(text).allows(origin), allowed)
 
     def test_foreign_page_is_refused(self) -> None:
         with Daemon(CRMWS_ORIGINS="https://crm.example.com") as daemon:
@@ -1165,7 +1165,7 @@ class TestLog(unittest.TestCase):
         for number, age in enumerate((65, 59.99, 1)):
             call_id = popup_notifier.CallID(1, number)
             stream.log.append(call_id, trigger._replace(began=now - age))
-        place = stream.log.resume(popup_notifier.NOWHERE).place
+        place = stream.log.resume(popup_notifier.BEGINNING).cursor
         self.assertEqual(place, 1)
         stream.log.forget(3, popup_notifier.STALL_TIMEOUT)  # a moment later, while it lags
         slice_ = stream.log.read(place)
@@ -3476,7 +3476,7 @@ class TestSwitchboard(unittest.TestCase):
                 self.assert_empty()
 
     def assert_empty(self) -> None:
-        for kept in (self.board._channels, self.board._rooms, self.board._calls):
+        for kept in (self.board._channels, self.board._groups, self.board._calls):
             self.assertEqual(len(kept), 0)
 
     def test_what_is_told_of_a_caller(self) -> None:
@@ -3622,15 +3622,15 @@ class TestSwitchboard(unittest.TestCase):
 
     def test_account_that_hears_nothing(self) -> None:
         for number in range(3):
-            self.assertFalse(self.board.is_deaf)
+            self.assertFalse(self.board.lacks_events)
             self.list(channel_fields(f"201-{number}"))
-        self.assertTrue(self.board.is_deaf)
+        self.assertTrue(self.board.lacks_events)
         self.board.disconnect()
-        self.assertFalse(self.board.is_deaf)
+        self.assertFalse(self.board.lacks_events)
         for number in range(3):
             self.list(channel_fields(f"201-{number}"))
             self.receive(f"new 202-{number}")
-        self.assertFalse(self.board.is_deaf)
+        self.assertFalse(self.board.lacks_events)
 
     def test_forged_events_do_nothing(self) -> None:
         self.receive("new provider-1, new 201-2 of provider-1, dial provider-1 201-2")
@@ -3680,7 +3680,7 @@ class TestSwitchboard(unittest.TestCase):
                 self.board.receive_event({"Event": "CoreShowChannel", "Uniqueid": str(number)})
             for kept in (
                 self.board._channels,
-                self.board._rooms,
+                self.board._groups,
                 self.board._calls,
                 self.board._listed,
             ):
