@@ -116,9 +116,11 @@ class Daemon:
         reads_log: bool = True,
         command: Iterable[str] = (),
         environ: dict[str, str] | None = None,
+        has_bug: bool = False,
         **keys: object,
     ) -> None:
         self.port = free_port()
+        self._has_bug = has_bug  # a traceback must be in its log, not must not
         self.folder = tempfile.TemporaryDirectory()
         self.config = Path(self.folder.name, "popup-notifier.conf")
         self.config.touch(0o600)
@@ -174,7 +176,7 @@ class Daemon:
             self.process.stderr.close()
             self.folder.cleanup()
         log = "\n".join(self.lines)
-        assert "Traceback" not in log, log
+        assert ("Traceback" in log) is self._has_bug, log
         assert TOKEN not in log, log
 
     def stop(self, number: int = signal.SIGTERM) -> int:
@@ -234,6 +236,12 @@ class Daemon:
         target = f"/api/trigger?phone={phone}&token={token}{query}"
         answer = self.exchange(f"POST {target} HTTP/1.1\r\nHost: pbx\r\n\r\n".encode())
         return status_of(answer)
+
+    def get(self, path: str, **options: Any) -> str:
+        """Return the whole answer to a GET."""
+        return self.exchange(
+            f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode(), **options
+        ).decode()
 
     def browser(self, query: str = "", **options: Any) -> Browser:
         """Return a connected browser."""
@@ -510,6 +518,29 @@ class TestConfig(unittest.TestCase):
         self.assertEqual(config.history, 60)
         self.assertFalse(config.trigger_allow.allows(ip_address("127.0.0.1")))
         self.assertFalse(config.crmws_allow.allows(ip_address("::1")))
+
+    def test_numbers_from_the_lowest_to_the_highest(self) -> None:
+        for name, low, high in (
+            ("PORT", 1, 65535),
+            ("CLIENT_PORT", 1, 65535),
+            ("PING_INTERVAL", 1, 3600),
+            ("MAX_BROWSERS", 1, 1_000_000),
+            ("HISTORY", 0, 86400),
+        ):
+            for number in (low, high):
+                config, _ = self.parse(f"SECRET_TOKEN=t\n{name}={number}")
+                self.assertEqual(getattr(config, name.lower()), number)
+            for number in (low - 1, high + 1):
+                with self.subTest(name, number=number), self.assertRaises(ConfigError):
+                    self.parse(f"SECRET_TOKEN=t\n{name}={number}")
+
+    def test_words_for_yes_and_no(self) -> None:
+        files = "CLIENT_PORT=1\nCERT_FILE=/c\nKEY_FILE=/k"
+        for words, expected in (("yes true 1 on YES", True), ("no false 0 off No", False)):
+            for word in words.split():
+                with self.subTest(word):
+                    config, _ = self.parse(f"SECRET_TOKEN=t\nUSE_SSL={word}\n{files}")
+                    self.assertIs(config.use_ssl, expected)
 
     def test_encodings_and_line_ends(self) -> None:
         for label, data in [
@@ -822,6 +853,7 @@ GOOD_STREAMS: list[tuple[str, bytes, list[tuple[int, bytes]], bytes]] = [
 # (what it is, bytes from the browser, close code that fails the connection)
 BAD_STREAMS = [
     ("not masked", b"\x81\x01a", 1002),
+    ("not masked, and zeros behind", b"\x81\x00\0\0\0\0", 1002),
     ("RSV1", b"\xc1\x80\0\0\0\0", 1002),
     ("RSV2", b"\xa1\x80\0\0\0\0", 1002),
     ("RSV3", b"\x91\x80\0\0\0\0", 1002),
@@ -1131,6 +1163,14 @@ class TestCallTracker(unittest.TestCase):
                     extens = popup_notifier.split_extens(told)
                     self.assertEqual(tracker.track(parameters, now, 60), extens)
 
+    def test_the_oldest_are_forgotten_first(self) -> None:
+        tracker = popup_notifier.CallTracker()
+        for now, unique in ((0.0, "old"), (50.0, "new"), (100.0, "last")):
+            tracker.track({"exten": "201", "uniqueid": unique}, now, 60)
+        answer = {"exten": "202", "event": "answer"}
+        for unique, told in (("new", {"201", "202"}), ("old", {"202"})):
+            self.assertEqual(tracker.track({**answer, "uniqueid": unique}, 100.0, 60), told)
+
     def test_it_does_not_grow(self) -> None:
         tracker = popup_notifier.CallTracker()
         for number in range(popup_notifier.MAX_HISTORY + 9):
@@ -1271,13 +1311,61 @@ class TestHub(unittest.TestCase):
             self.assertEqual(browser.frame(), (Opcode.PONG, b"you?"))
             daemon.trigger()
             self.assertEqual(browser.phones(1), ["0312345678"])
+            browser.send(9, b"and now?")
+            self.assertEqual(browser.frame(), (Opcode.PONG, b"and now?"))
 
     def test_close_is_echoed_and_the_connection_ends(self) -> None:
-        with Daemon() as daemon, daemon.browser() as browser:
-            browser.send(8, b"\x0f\xa0")
-            self.assertEqual(browser.frame(), (Opcode.CLOSE, b"\x0f\xa0"))
-            self.assertEqual(receive_all(browser.sock), b"")
-            daemon.wait_for_log(r"browser gone: 127.0.0.1 closed with 4000 \(0 connected\)")
+        # Cleanly, by FIN; not by the reset that comes when time is up.
+        with patched(f"p.CLOSE_TIMEOUT = {2 * TIMEOUT}") as program:
+            with Daemon(program=program) as daemon, daemon.browser() as browser:
+                browser.send(8, b"\x0f\xa0")
+                self.assertEqual(browser.frame(), (Opcode.CLOSE, b"\x0f\xa0"))
+                self.assertEqual(browser.sock.recv(1), b"")
+                daemon.wait_for_log(r"browser gone: 127.0.0.1 closed with 4000 \(0 connected\)")
+
+    def test_call_comes_before_those_who_are_served_later(self) -> None:
+        with patched(
+            "serve, calls = p.Hub._receive, iter('12')",
+            "def receive(self, browser):",
+            "    facts = {'phone': next(calls, '3'), 'exten': 'all'}",
+            "    self.stream.publish(facts, '', lambda: None)",
+            "    serve(self, browser)",
+            "p.Hub._receive = receive",
+        ) as program:
+            with Daemon(program=program) as daemon, contextlib.ExitStack() as stack:
+                browsers = [stack.enter_context(daemon.browser()) for _ in range(2)]
+                daemon.wait_for_log(r"\(2 connected\)")
+                daemon.process.send_signal(signal.SIGSTOP)
+                for browser in browsers:  # both are ready in one turn
+                    browser.send(Opcode.PING)
+                daemon.process.send_signal(signal.SIGCONT)
+                first = sorted(browser.frame()[0] for browser in browsers)
+            self.assertEqual(first, [Opcode.TEXT, Opcode.PONG])
+
+    def test_frames_leave_at_once(self) -> None:
+        with patched(
+            "subscribe = p.Hub.subscribe",
+            "def show(self, browser, greeting):",
+            "    level, option = p.socket.IPPROTO_TCP, p.socket.TCP_NODELAY",
+            "    p.log.info('TCP_NODELAY is %d', browser.sock.getsockopt(level, option))",
+            "    return subscribe(self, browser, greeting)",
+            "p.Hub.subscribe = show",
+        ) as program:
+            with Daemon(program=program) as daemon, daemon.browser():
+                daemon.wait_for_log("TCP_NODELAY is 1")
+
+    def test_log_names_some_of_many(self) -> None:
+        hold = "p.Hub.admit_arrivals = lambda self: len(self._arrivals) == 6 and self.loop.wake()"
+        with patched(hold) as program, contextlib.ExitStack() as stack:
+            daemon = stack.enter_context(Daemon(program=program))
+            for number in range(6):
+                stack.enter_context(daemon.browser(f"?exten=20{number}"))
+            (line,) = daemon.wait_for_log("browser connected")
+            self.assertTrue(line.endswith('exten="203" and 2 more (6 connected)'), line)
+            for extens, more in (("206,207,208,209", ""), ("210", " and 1 more")):
+                stack.enter_context(daemon.browser(f"?exten={extens}"))
+                daemon.trigger("&exten=9")
+                daemon.wait_for_log(rf"to 0 browsers: . connected, for 200(, 20\d){{9}}{more}$")
 
     def test_broken_protocol_is_closed_and_logged_in_one_line(self) -> None:
         with Daemon() as daemon:
@@ -1297,9 +1385,32 @@ class TestHub(unittest.TestCase):
                 reset(browser.sock)
                 daemon.wait_for_log("browser gone: 127.0.0.1 connection lost")
 
+    def test_bug_in_serving_a_browser_drops_that_one_alone(self) -> None:
+        with patched(
+            "serve = p.Hub._receive",
+            "def receive(self, browser):",
+            "    if '2' in browser.extens: raise KeyError('a bug')",
+            "    serve(self, browser)",
+            "p.Hub._receive = receive",
+        ) as program:
+            with Daemon(program=program, has_bug=True) as daemon:
+                with daemon.browser("?exten=1") as stays, daemon.browser("?exten=2") as goes:
+                    for browser in (stays, goes):
+                        browser.send(Opcode.PING, b"you?")
+                    wait_for_reset(goes.sock)
+                    self.assertEqual(stays.frame(), (Opcode.PONG, b"you?"))
+                    daemon.trigger("&exten=1,2")
+                    self.assertEqual(stays.phones(1), ["0312345678"])
+                    daemon.wait_for_log("browser dropped: 127.0.0.1 met a bug")
+                    daemon.wait_for_log("call .* to 1 browser$")
+                    metrics = daemon.get("/metrics")
+                    self.assertIn('dropped_browsers_total{reason="bug"} 1\n', metrics)
+
     def test_browsers_over_the_limit_get_503(self) -> None:
         with Daemon(MAX_BROWSERS=2) as daemon:
             with daemon.browser(), daemon.browser() as second:
+                # The page that was refused asks by fetch() why.
+                self.assertEqual(status_of(daemon.get("/crmws").encode()), 503)
                 answer = daemon.exchange(handshake())
                 self.assertEqual(status_of(answer), 503)
                 self.assertIn(b"\r\nRetry-After: 30\r\n", answer)
@@ -1318,6 +1429,7 @@ class TestHub(unittest.TestCase):
                     alive.send(Opcode.PONG, payload)
                 lines = daemon.wait_for_log("browser dropped: 127.0.0.2 was silent for 2 s")
                 self.assertEqual(len(lines), 1)
+                wait_for_reset(silent.sock)
                 daemon.trigger()
                 self.assertEqual(alive.phones(1), ["0312345678"])
 
@@ -1382,8 +1494,12 @@ class TestSubscription(unittest.TestCase):
             with daemon.browser("?exten=201"), daemon.browser("?exten=202"):
                 daemon.trigger("&exten=7")
                 lines = daemon.wait_for_log("call ", 2)
+            daemon.wait_for_log("browser gone", 2)
+            daemon.trigger("&exten=202")
+            lines = daemon.wait_for_log("call ", 3)
         self.assertIn("to 0 browsers: none is connected", lines[0])
         self.assertIn("to 0 browsers: 2 connected, for 201, 202", lines[1])
+        self.assertIn("to 0 browsers: none is connected", lines[2])
 
     def test_answer_is_heard_where_it_rang(self) -> None:
         with Daemon() as daemon, daemon.browser("?exten=202") as browser:
@@ -1434,13 +1550,16 @@ class TestSubscription(unittest.TestCase):
             for query in (
                 "?since=yesterday",
                 "?since=1",
-                "?exten=" + "1," * 101 + "x" * 65,
+                "?exten=" + "x" * 65,
+                "?exten=" + ",".join(map(str, range(101))),
                 "?since=&last=0",
                 "?since=&last=many",
             ):
                 with self.subTest(query):
                     answer = daemon.exchange(handshake("/crmws" + query))
                     self.assertEqual(status_of(answer), 400)
+            extens = ",".join([*map(str, range(99)), "x" * 64])  # the most, and the longest
+            daemon.browser(f"?exten={extens}").sock.close()
 
 
 class TestRecovery(unittest.TestCase):
@@ -1595,8 +1714,11 @@ class TestRecovery(unittest.TestCase):
 
     def test_position_of_another_run_brings_all_that_is_remembered(self) -> None:
         with Daemon() as daemon:
-            daemon.trigger(phone="1")
-            for since in ("1763870000000-7", "9999999999999-0", f"1-{10**300}"):
+            with daemon.browser() as browser:
+                daemon.trigger(phone="1")
+                begin = browser.message()["id"].partition("-")[0]
+            others = ("1763870000000-7", "9999999999999-0", f"1-{10**300}", f"{begin}-9")
+            for since in others:
                 with self.subTest(since), daemon.browser(f"?since={since}") as browser:
                     hello = browser.hello()
                     self.assertEqual((hello["complete"], hello["id"]), (False, since))
@@ -1655,6 +1777,7 @@ HEADS: list[tuple[str, bytes, int | None]] = [
     ("length with a sign", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: +3", 400),
     ("negative length", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: -3", 400),
     ("endless length", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: " + b"9" * 5000, 400),
+    ("the longest body", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 65536", None),
     ("too long a body", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 65537", 413),
     ("too many fields", b"GET / HTTP/1.1\r\nHost: h" + b"\r\nX: y" * 64, 431),
 ]
@@ -1804,6 +1927,14 @@ BAD_TRIGGERS: list[tuple[str, str, str, bytes, int, str]] = [
         b'{"phone":"1","phone":"2"}',
         400,
         '"phone" is given twice',
+    ),
+    (
+        "too many parameters",
+        "?phone=1&token={token}" + "".join(f"&x{number}=1" for number in range(31)),
+        "",
+        b"",
+        400,
+        "more than 32 parameters",
     ),
     ("phone not UTF-8", "?phone=%ff&token={token}", "", b"", 400, '"phone" is not UTF-8'),
     ("exten not UTF-8", "?phone=1&exten=%83%65&token={token}", "", b"", 400, '"exten" is not'),
@@ -1987,8 +2118,16 @@ class TestTrigger(unittest.TestCase):
                 with self.subTest(expectation), daemon.connect() as sock:
                     sock.sendall(f"{head}Expect: {expectation}\r\n\r\n".encode())
                     self.assertEqual(sock.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
-                    sock.sendall(body)
+                    for byte in body:
+                        sock.sendall(bytes([byte]))
                     self.assertEqual(status_of(receive_all(sock)), 200)
+            # What ends the lines of a head has no meaning in a body.
+            text = json.dumps({"phone": "1", "token": TOKEN}, indent=1) + "\r\n\r\n"
+            head = f"POST /api/trigger HTTP/1.1\r\nHost: h\r\n{JSON_TYPE}"
+            with daemon.connect() as sock:
+                for byte in f"{head}Content-Length: {len(text)}\r\n\r\n{text}".encode():
+                    sock.sendall(bytes([byte]))
+                self.assertEqual(status_of(receive_all(sock)), 200)
 
     @needs("curl")
     def test_line_of_the_seed(self) -> None:
@@ -2077,6 +2216,21 @@ class TestServer(unittest.TestCase):
             daemon.wait_for_log("call ")
             self.assertEqual(len(daemon.wait_for_log("refused: 127.0.0.1 404")), 3)
 
+    def test_refusals_are_all_counted_in_the_log_sooner_or_later(self) -> None:
+        def refused(daemon: Daemon, source: str) -> int:
+            """Return how many the log tells of, one by one or summed up."""
+            lines = [line for line in daemon.lines if f"refused: {source} 404" in line]
+            more = [re.search(r" 404, (\d+) times more$", line) for line in lines]
+            return sum(int(each[1]) if each else 1 for each in more)
+
+        for limit in ("p.REPORT_PERIOD = 0.5", "p.REPORT_KEYS = 2"):
+            with self.subTest(limit), patched(limit) as program, Daemon(program=program) as daemon:
+                for _ in range(20):
+                    daemon.get("/admin.php")
+                daemon.get("/admin.php", source="127.0.0.2")  # the second that is counted
+                until(lambda: refused(daemon, "127.0.0.1") == 20, "all are told of")
+                self.assertEqual(refused(daemon, "127.0.0.2"), 1)
+
     def test_probe_that_says_nothing_is_not_logged(self) -> None:
         with Daemon() as daemon:
             daemon.connect().close()
@@ -2084,6 +2238,23 @@ class TestServer(unittest.TestCase):
             daemon.trigger()
             daemon.wait_for_log("call ")
             self.assertEqual(len(daemon.lines), 2, daemon.lines)
+
+    def test_connection_that_is_gone_before_it_is_accepted(self) -> None:
+        with patched(
+            "accept, fails = p.socket.socket.accept, iter([1] * 3)",
+            "def accept_some(sock):",
+            "    if next(fails, 0): raise ConnectionAbortedError",
+            "    return accept(sock)",
+            "p.socket.socket.accept = accept_some",
+        ) as program:
+            with Daemon(program=program) as daemon:
+                self.assertEqual(daemon.trigger(), 200)
+
+    def test_date_of_an_answer(self) -> None:
+        with Daemon() as daemon:
+            answer = daemon.get("/healthz")
+        day = r"\r\nDate: [A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT\r\n"
+        self.assertRegex(answer, day)
 
     def test_too_long_a_head(self) -> None:
         with Daemon() as daemon:
@@ -2121,6 +2292,36 @@ class TestServer(unittest.TestCase):
                 request = b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"
                 statuses = [status_of(daemon.exchange(request)) for _ in range(41)]
         self.assertEqual(statuses, [503] * 40 + [200])
+
+    def test_bug_in_a_request_is_answered_with_500_and_harms_no_other(self) -> None:
+        bug = "= lambda *args: 1 / 0"
+        handlers = ("/metrics", "metrics_lines"), ("/healthz", "Supervisor.stalled")
+        statements = [f"p.{what} {bug}" for _, what in handlers]
+        with patched(*statements) as program:
+            with Daemon(program=program, has_bug=True) as daemon, daemon.browser() as browser:
+                before = daemon.descriptors()
+                for path, _ in handlers:  # the one in the port's thread, the other in its own
+                    for _ in range(popup_notifier.MAX_THREADS + 1):
+                        answer = daemon.get(path)
+                        self.assertEqual(status_of(answer.encode()), 500)
+                        self.assertIn("popup-notifier's log says more", answer)
+                self.assertEqual(daemon.trigger(), 200)
+                self.assertEqual(browser.phones(1), ["0312345678"])
+                until(lambda: daemon.descriptors() == before, "their descriptors are free")
+                daemon.wait_for_log("a request from 127.0.0.1 met a bug", 2)
+                daemon.wait_for_log("ZeroDivisionError", 2)
+
+    def test_slow_requests_over_the_limit_get_503(self) -> None:
+        hang = "p.Supervisor.stalled = lambda *args: threading.Event().wait()"
+        with patched("p.MAX_THREADS = 1", hang) as program, Daemon(program=program) as daemon:
+            threads = daemon.status("Threads")
+            with daemon.connect() as sock:
+                sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n")
+                until(lambda: daemon.status("Threads") > threads, "it is being answered")
+                answer = daemon.get("/healthz")
+                self.assertEqual(status_of(answer.encode()), 503)
+                self.assertIn("\r\nRetry-After: 1\r\n", answer)
+                self.assertEqual(daemon.trigger(), 200)
 
     def test_slow_readers_take_no_thread(self) -> None:
         request = b"GET /%s HTTP/1.1\r\nHost: h\r\n\r\n"
@@ -4079,6 +4280,36 @@ class TestServiceManager(unittest.TestCase):
             with self.subTest(name), patched(f"p.{what} = {hang}") as program:
                 self.hang(name, program)
 
+    def test_port_that_hangs_feeds_no_watchdog(self) -> None:
+        with patched(
+            "p.parse_form = lambda *args: threading.Event().wait()",
+            "look = p.Supervisor.stalled",
+            "def stalled(*args):",
+            "    found = look(*args)",
+            "    p.log.info('stalled: %s', found)",
+            "    return found",
+            "p.Supervisor.stalled = stalled",
+        ) as program:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+                manager.bind(str(program.parent / "notify"))
+                environ = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "100000"}
+                with Daemon(program=program, environ=environ) as daemon, daemon.connect() as sock:
+                    sock.sendall(trigger_request("?phone=1&token={token}", "", b""))
+                    seen = len(daemon.wait_for_log(r"stalled: \['main'\]"))
+                    manager.setblocking(False)
+                    with contextlib.suppress(BlockingIOError):
+                        while True:
+                            manager.recv(4096)
+                    daemon.wait_for_log(r"stalled: \['main'\]", seen + 3)
+                    with self.assertRaises(BlockingIOError):
+                        manager.recv(4096)
+                    daemon.process.kill()
+
+    def test_systemd_that_does_not_listen_is_no_reason_to_end(self) -> None:
+        with Daemon(environ={"NOTIFY_SOCKET": "/nowhere/notify"}) as daemon:
+            daemon.wait_for_log("cannot tell systemd READY=1: No such file or directory")
+            self.assertEqual(daemon.trigger(), 200)
+
     def hang(self, name: str, program: Path) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
             manager.bind(str(program.parent / "notify"))
@@ -4107,16 +4338,19 @@ class TestServiceManager(unittest.TestCase):
 
     def test_thread_that_ends_by_a_bug_ends_the_daemon(self) -> None:
         bug = "lambda *args: 1 / 0"
-        for what in ("Hub._deliver", "Server._until_deadline"):
+        for what in ("Hub._deliver", "Server._until_deadline", "RedisStream._keep_linked"):
             with self.subTest(what), patched(f"p.{what} = {bug}") as program:
                 with tempfile.TemporaryFile() as log:
                     config = Path(program.parent, "popup-notifier.conf")
                     port = free_port()
                     keys = {**CONFIG, "PORT": port, "CLIENT_PORT": free_port()}
+                    if what.startswith("Redis"):
+                        keys["REDIS_URL"] = f"redis://127.0.0.1:{free_port()}"
                     config.touch(0o600)
                     config.write_text("".join(f"{key}={value}\n" for key, value in keys.items()))
                     command = [sys.executable, str(program), "--config", str(config)]
                     process = subprocess.Popen(command, stderr=log)
+                    self.addCleanup(process.kill)
                     deadline = time.monotonic() + TIMEOUT
                     while process.poll() is None and time.monotonic() < deadline:
                         with contextlib.suppress(OSError), socket.socket() as sock:
@@ -4256,6 +4490,20 @@ class TestCommandLine(unittest.TestCase):
             path = self.config(f"PORT={daemon.port}\n{MINIMUM}")
             self.fails_with(f"port {daemon.port}: Address already in use", "-config", path)
 
+    def test_thread_that_cannot_start(self) -> None:
+        path = self.config(f"PORT={free_port()}\nSECRET_TOKEN=t")
+        fail = "def start(*args): raise RuntimeError('no more threads')"
+        with patched(fail, "threading.Thread.start = start") as program:
+            done = subprocess.run(
+                [sys.executable, str(program), "--config", path],
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+            )
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("cannot start a thread: no more threads; raise TasksMax", done.stderr)
+        self.assertNotIn("Traceback", done.stderr)
+
     def test_address_that_is_not_here(self) -> None:
         path = self.config(f"PORT={free_port()}\nLISTEN=192.0.2.1\n{MINIMUM}")
         self.fails_with("cannot listen on 192.0.2.1", f"-config={path}")
@@ -4279,6 +4527,24 @@ class TestCommandLine(unittest.TestCase):
                 daemon.process.send_signal(number)
                 self.assertEqual(browser.phones(1), ["0312345678"])
                 self.assertEqual(browser.closed_with()[0], 1001)
+                self.assertEqual(daemon.process.wait(TIMEOUT), 0)
+
+    def test_who_came_just_before_the_end_gets_what_it_missed(self) -> None:
+        with patched(
+            "subscribe = p.Hub.subscribe",
+            "def last(*args):",
+            "    subscribe(*args)",
+            "    os.kill(os.getpid(), p.signal.SIGTERM)",
+            "    return True",
+            "p.Hub.subscribe = last",
+        ) as program:
+            with Daemon(program=program) as daemon:
+                for number in range(3):
+                    daemon.trigger(phone=str(number))
+                with daemon.browser("?since=0-0") as browser:
+                    browser.hello()
+                    self.assertEqual(browser.phones(3), ["0", "1", "2"])
+                    self.assertEqual(browser.closed_with()[0], 1001)
                 self.assertEqual(daemon.process.wait(TIMEOUT), 0)
 
     def test_starts_again_at_once(self) -> None:
@@ -4372,6 +4638,8 @@ class TestCommandLine(unittest.TestCase):
         done = self.run_with("--check", "--config", path)
         self.assertEqual(done.returncode, 0)
         self.assertIn("\nSECRET_TOKEN=(hidden)\nTRIGGER_ALLOW=10.0.0.7/32\n", done.stdout)
+        self.assertIn("\nLISTEN=\n", done.stdout)
+        self.assertIn("\nUSE_SSL=no\n", done.stdout)
         self.assertIn("did you mean PORT?", done.stderr)
         self.assertNotRegex(done.stdout + done.stderr, "geheim|auch")
         self.assertEqual(len(done.stdout.splitlines()), len(popup_notifier.KEYS))
@@ -4539,6 +4807,20 @@ class TestReload(unittest.TestCase):
             while browser.frame()[0] != Opcode.PING:  # a second later, not 25
                 pass
 
+    def test_shorter_history_forgets_the_calls_that_are_here(self) -> None:
+        with Daemon(HISTORY=3600) as daemon:
+            with daemon.browser("?since=") as browser:
+                position = browser.hello()["id"]
+            daemon.trigger(phone="1")
+            with daemon.browser(f"?since={position}") as browser:
+                self.assertTrue(browser.hello()["complete"])
+                self.assertEqual(browser.phones(1), ["1"])
+            self.reload(daemon, "configuration reloaded", HISTORY=0)
+            with daemon.browser(f"?since={position}") as browser:
+                self.assertFalse(browser.hello()["complete"])
+                daemon.trigger(phone="2")
+                self.assertEqual(browser.phones(1), ["2"])
+
     def test_changed_port_needs_a_restart(self) -> None:
         with Daemon() as daemon:
             self.reload(daemon, "PORT has changed: that needs a restart", PORT=free_port())
@@ -4658,12 +4940,17 @@ class TestSlowBrowsers(unittest.TestCase):
     def test_slow_browser_within_the_bound_loses_nothing(self) -> None:
         # What it takes shows that it is there: its pongs are stuck behind the calls.
         calls = [f"{number:04}" for number in range(400)]
-        with Daemon(PING_INTERVAL=1) as daemon, daemon.browser(receive_buffer=2048) as browser:
+        with contextlib.ExitStack() as stack:
+            program = stack.enter_context(patched("p.STALL_TIMEOUT = 3"))
+            daemon = stack.enter_context(Daemon(program=program, PING_INTERVAL=1))
+            browser = stack.enter_context(daemon.browser(receive_buffer=2048))
             for phone in calls:
                 daemon.trigger(self.KILOBYTE, phone)
             for phone in calls:
                 self.assertEqual(browser.phones(1), [phone])
                 time.sleep(0.01)
+            daemon.trigger(phone="last")
+            self.assertEqual(browser.phones(1), ["last"])
 
     def test_flood_of_pings_from_one_that_does_not_read_harms_nobody(self) -> None:
         with Daemon() as daemon, daemon.browser() as other:
