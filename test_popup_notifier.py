@@ -2446,6 +2446,13 @@ class TestTLS(unittest.TestCase):
                         with self.assertRaises(OSError):
                             context.wrap_socket(sock, server_hostname="127.0.0.1")
 
+    def test_renegotiation_is_refused(self) -> None:
+        # OpenSSL 3 refuses it by itself; the 1.1 of Debian 11 does as it is told.
+        with self.daemon() as (_, port):
+            command = ["openssl", "s_client", "-tls1_2", "-connect", f"127.0.0.1:{port}"]
+            done = subprocess.run(command, input=b"R\n", capture_output=True, timeout=TIMEOUT)
+            self.assertIn(b"no renegotiation", done.stderr)
+
     def test_stalled_handshakes_harm_nobody_and_end(self) -> None:
         with self.daemon() as (daemon, port), contextlib.ExitStack() as stack:
             stalled = []
@@ -2963,6 +2970,24 @@ class TestRelay(unittest.TestCase):
                         words = ("key", f"k-{number}", "time", now, "source", "x")
                         redis.ask("XADD", "popup-notifier", "*", *words, "parameters", parameters)
                     self.assertEqual(browser.phones(6), [*"123456"])
+
+    def test_browser_that_is_silent_before_the_history_is_here_is_gone_too(self) -> None:
+        url = f"redis://127.0.0.1:{free_port()}"
+        with patched(
+            "p.MAX_UNANSWERED, p.REDIS_START, load = 1, 0.1, p.load_config",
+            "def quick(path):",
+            "    config, warnings = load(path)",
+            "    return config._replace(ping_interval=0.2), warnings",
+            "p.load_config = quick",
+        ) as program:
+            with Daemon(program=program, REDIS_URL=url) as daemon:
+                with daemon.browser("?since=1-1") as browser:
+                    browser.hello()
+                    alive = json.loads(browser.frame()[1])
+                    self.assertEqual((alive["type"], alive["id"]), ("ALIVE", "1-1"))
+                    self.assertEqual(browser.frame(), (Opcode.PING, b""))
+                    daemon.wait_for_log("browser dropped: 127.0.0.1 was silent for 0 s")
+                    wait_for_reset(browser.sock)
 
     def test_link_that_fails_is_tried_again_less_and_less_often(self) -> None:
         with patched(
