@@ -5023,6 +5023,32 @@ class TestSlowBrowsers(unittest.TestCase):
         self.assertEqual(receive_all(browser.sock), b"")
         self.assertEqual(len(daemon.wait_for_log("browser ")), 2)  # connected, dropped
 
+    def test_frames_stay_whole_however_little_a_socket_takes(self) -> None:
+        with patched(
+            "begin = p.Browser.__init__",
+            "def begin_slowly(self, sock, *args):",
+            "    begin(self, sock, *args)",
+            "    sizes = p.itertools.cycle((7, 0, 1000, 0, 1, 100_000, 0, 300))",
+            "    def send(data):",
+            "        size = next(sizes)",
+            "        if not size: raise BlockingIOError",
+            "        return sock.send(data[:size])",
+            "    self.send = send",
+            "p.Browser.__init__ = begin_slowly",
+        ) as program:
+            with Daemon(program=program) as daemon, daemon.browser("?exten=201") as live:
+                for number in range(100):
+                    daemon.trigger("&exten=201", phone=str(number))
+                with daemon.browser("?since=0-0") as late:
+                    late.hello()
+                    for number in range(100, 200):
+                        daemon.trigger("&exten=201", phone=str(number))
+                    expected = [str(number) for number in range(200)]
+                    self.assertEqual((live.phones(200), late.phones(200)), (expected, expected))
+                    daemon.process.terminate()
+                    for browser in (live, late):
+                        self.assertEqual(browser.closed_with()[0], 1001)
+
     def test_slow_browser_within_the_bound_loses_nothing(self) -> None:
         # What it takes shows that it is there: its pongs are stuck behind the calls.
         calls = [f"{number:04}" for number in range(400)]
