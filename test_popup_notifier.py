@@ -45,6 +45,7 @@ from html import escape
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Callable, ClassVar, NamedTuple, cast
 from unittest import mock
@@ -287,6 +288,8 @@ class Daemon:
 @contextlib.contextmanager
 def patched(*statements: str) -> Iterator[Path]:
     """Give a program that is the daemon (p) after some statements, such as `p.LIMIT = 1`."""
+    for name in re.findall(r"^p\.([\w.]+) =", "\n".join(statements), re.MULTILINE):
+        attrgetter(name)(popup_notifier)  # AttributeError: the test's subject is missing
     head = f"import os, sys, threading, time\nsys.path.insert(0, {str(HERE)!r})\n"
     text = "\n".join(["import popup_notifier as p", *statements, "sys.exit(p.main())", ""])
     with tempfile.TemporaryDirectory() as folder:
@@ -2230,7 +2233,7 @@ class TestServer(unittest.TestCase):
             more = [re.search(r" 404, (\d+) times more$", line) for line in lines]
             return sum(int(each[1]) if each else 1 for each in more)
 
-        for limit in ("p.REPORT_PERIOD = 0.5", "p.REPORT_KEYS = 2"):
+        for limit in ("p.REPORT_PERIOD = 0.5", "p.REPORT_PAIRS = 2"):
             with self.subTest(limit), patched(limit) as program, Daemon(program=program) as daemon:
                 for _ in range(20):
                     daemon.get("/admin.php")
@@ -4424,7 +4427,7 @@ class TestServiceManager(unittest.TestCase):
 
     def test_thread_that_ends_by_a_bug_ends_the_daemon(self) -> None:
         bug = "lambda *args: 1 / 0"
-        for what in ("Hub._deliver", "Server._until_deadline", "RedisStream._keep_linked"):
+        for what in ("Hub._deliver", "Server._until_deadline", "RedisStream._keep_connected"):
             with self.subTest(what), patched(f"p.{what} = {bug}") as program:
                 with tempfile.TemporaryFile() as log:
                     config = Path(program.parent, "popup-notifier.conf")
