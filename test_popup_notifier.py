@@ -1586,6 +1586,18 @@ class TestRecovery(unittest.TestCase):
             with daemon.browser("?since=") as browser:
                 self.assertEqual(browser.hello()["id"], first["id"])
 
+    def test_who_keeps_up_hears_the_calls_and_nothing_else(self) -> None:
+        with Daemon() as daemon, daemon.browser("?since=") as browser:
+            browser.hello()
+            self.assertEqual(json.loads(browser.frame()[1])["type"], "ALIVE")  # once, at first
+            daemon.wait_for_log("browser connected")
+            for number in range(3):
+                daemon.trigger(phone=str(number))
+                browser.send(Opcode.PING)
+                frames = [browser.frame() for _ in range(2)]
+                self.assertEqual([opcode for opcode, _ in frames], [Opcode.TEXT, Opcode.PONG])
+                self.assertEqual(json.loads(frames[0][1])["phone"], str(number))
+
     def test_missed_calls_come_first_and_once(self) -> None:
         with Daemon() as daemon:
             with daemon.browser("?since=") as browser:
