@@ -2990,7 +2990,9 @@ class TestRelay(unittest.TestCase):
     def test_browser_that_is_silent_before_the_history_is_here_is_gone_too(self) -> None:
         url = f"redis://127.0.0.1:{free_port()}"
         with patched(
-            "p.MAX_UNANSWERED, p.REDIS_START, load = 1, 0.1, p.load_config",
+            "p.MAX_UNANSWERED = 1",
+            "p.REDIS_START = 0.1",
+            "load = p.load_config",
             "def quick(path):",
             "    config, warnings = load(path)",
             "    return config._replace(ping_interval=0.2), warnings",
