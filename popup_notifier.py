@@ -4591,12 +4591,15 @@ DESK_PAGE = r"""<!doctype html>
 
   // The calls: a row each, the latest first, changed in place.
   const rows = new Map(); // by uniqueid
-  let lookedAt = Number(kept.lookedAt || 0); // ms: missed calls up to here are no news
-  let spoken;                                      // the call that a screen reader was told of
+  let lookedAt = 0; // ms, by the server's clock: calls that were missed up to then are no news
+  let spoken;       // the call that a screen reader was told of
   let status = { state: 'connecting', text: '' };
   const isRinging = ({ state }) => state === 'ringing';
+  const isNew = ({ state, ended }) => state === 'missed' && ended > lookedAt;
+  const isOn = ({ state }) => state === 'ringing' || state === 'talking';
 
   function draw(calls) {
+    lookedAt = Number(kept.lookedAt || 0); // in another tab, perhaps
     const today = new Date().setHours(0, 0, 0, 0);
     const shown = calls.filter(({ began }) => began >= today);
     shown.sort((a, b) => b.began - a.began || (b.uniqueid > a.uniqueid ? 1 : -1));
@@ -4619,7 +4622,7 @@ DESK_PAGE = r"""<!doctype html>
     spoken = uniqueid;
     find('#empty').hidden = shown.length > 0;
     find('#calls').hidden = !shown.length;
-    const missed = shown.filter((call) => call.state === 'missed' && call.since > lookedAt);
+    const missed = shown.filter(isNew);
     const name = n.exten || say('all');
     const count = missed.length ? `(${missed.length}) ${say('missed')}` : '';
     const news = status.state === 'open' ? count : status.text;
@@ -4635,9 +4638,7 @@ DESK_PAGE = r"""<!doctype html>
   function fill(row, call) {
     const { state, title, number, name, note, whose, times, links, target } = call;
     const { began, since, ended } = call;
-    const isNew = state === 'missed' && since > lookedAt;
-    const isOn = state === 'ringing' || state === 'talking';
-    const ms = isOn ? n.now - since : (ended || since) - began;
+    const ms = isOn(call) ? n.now - since : (ended || since) - began;
     const seconds = Math.max(0, Math.round(ms / 1000));
     const length = `${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, '0')}`;
     const put = (selector, text) => {
@@ -4645,9 +4646,9 @@ DESK_PAGE = r"""<!doctype html>
       if (node.textContent !== text) node.textContent = text;
       return node;
     };
-    row.className = isNew ? `${state} new` : state;
+    row.className = isNew(call) ? `${state} new` : state;
     put('.state', title);
-    put('.length', isOn || state === 'ended' ? length : '');
+    put('.length', isOn(call) || state === 'ended' ? length : '');
     put('.who', name);
     put('.note', times > 1 ? `${note} ×${times}` : note);
     put('.exten', whose);
@@ -4665,7 +4666,7 @@ DESK_PAGE = r"""<!doctype html>
   // Whoever turns to this window has seen what was missed.
   for (const sign of ['focus', 'pointerdown', 'keydown']) {
     window.addEventListener(sign, () => {
-      lookedAt = kept.lookedAt = n.now;
+      kept.lookedAt = n.now;
       draw(n.calls);
     });
   }

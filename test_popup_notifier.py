@@ -7448,6 +7448,19 @@ class BrowserTests(unittest.TestCase):
             tab.wait_for("document.title !== 'old' && document.querySelector('#calls tr.new')")
             self.wait_for_rows(tab, ("missed new", "1"))
 
+    def test_desk_says_what_was_missed_after_a_look(self) -> None:
+        with Daemon() as daemon:
+            tabs = [self.open_desk(daemon), self.open_desk(daemon)]
+            daemon.trigger("&exten=201&uniqueid=1.1", "1")
+            for tab in tabs:
+                self.wait_for_rows(tab, ("ringing", "1"))
+                tab.evaluate("dispatchEvent(new Event('focus'))")
+            daemon.trigger("&uniqueid=1.1&event=end", "1")
+            for tab in tabs:
+                self.wait_for_rows(tab, ("missed new", "1"))
+            tabs[0].evaluate("dispatchEvent(new Event('focus'))")
+            self.wait_for_rows(tabs[1], ("missed", "1"))  # whose agent has looked at the other
+
     def test_desk_asks_for_the_extension_once(self) -> None:
         with Daemon() as daemon:
             tab = self.open_desk(daemon, "")
