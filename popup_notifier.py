@@ -4600,8 +4600,9 @@ DESK_PAGE = r"""<!doctype html>
 
   function draw(calls) {
     lookedAt = Number(kept.lookedAt || 0); // in another tab, perhaps
-    const today = new Date().setHours(0, 0, 0, 0);
-    const shown = calls.filter(({ began }) => began >= today);
+    const today = new Date(n.now).setHours(0, 0, 0, 0);
+    // What goes on at midnight, and what was missed and nobody has seen, stays.
+    const shown = calls.filter((call) => call.began >= today || isOn(call) || isNew(call));
     shown.sort((a, b) => b.began - a.began || (b.uniqueid > a.uniqueid ? 1 : -1));
     const ids = shown.map(({ uniqueid }) => uniqueid);
     rows.forEach((row, id) => {

@@ -6227,9 +6227,9 @@ class Clock:
     def statement(self) -> str:
         return f"p.LocalStream.clock = lambda self: int(open({str(self.path)!r}).read())"
 
-    def set(self, text: str) -> None:
+    def set(self, text: str, day: int = 25) -> None:
         """Have it be this time of a day."""
-        moment = time.mktime(time.strptime(f"2025-11-25 {text}", "%Y-%m-%d %H:%M:%S"))
+        moment = time.mktime(time.strptime(f"2025-11-{day} {text}", "%Y-%m-%d %H:%M:%S"))
         draft = self.path.with_suffix(".new")
         draft.write_text(str(int(moment * 1000)))
         draft.replace(self.path)
@@ -7460,6 +7460,33 @@ class BrowserTests(unittest.TestCase):
                 self.wait_for_rows(tab, ("missed new", "1"))
             tabs[0].evaluate("dispatchEvent(new Event('focus'))")
             self.wait_for_rows(tabs[1], ("missed", "1"))  # whose agent has looked at the other
+
+    def test_desk_at_midnight(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            clock = Clock(folder)
+            clock.set("23:59:00")
+            with patched(clock.statement) as program, Daemon(program=program, PING_INTERVAL=1) as d:
+                tab = self.open_desk(d)
+                for number in "123":
+                    d.trigger(f"&exten=201&uniqueid=1.{number}", number)
+                for number, event in ("1", "answer"), ("2", "end"), ("3", "answer"), ("3", "end"):
+                    d.trigger(f"&exten=201&uniqueid=1.{number}&event={event}", number)
+                self.wait_for_rows(tab, ("ended", "3"), ("missed new", "2"), ("talking", "1"))
+                clock.set("00:01:00", day=26)
+                self.wait_for_rows(tab, ("missed new", "2"), ("talking", "1"))
+                tab.evaluate("dispatchEvent(new Event('focus'))")
+                self.wait_for_rows(tab, ("talking", "1"))
+
+    def test_desk_on_a_computer_whose_clock_is_a_day_ahead(self) -> None:
+        before = """
+            window.Date = class extends Date {
+              constructor(...parts) { super(...(parts.length ? parts : [Date.now()])); }
+              static now() { return super.now() + 864e5; }
+            };"""
+        with Daemon() as daemon:
+            tab = self.open_desk(daemon, before=before)
+            daemon.trigger("&exten=201", "1")
+            self.wait_for_rows(tab, ("ringing", "1"))
 
     def test_desk_asks_for_the_extension_once(self) -> None:
         with Daemon() as daemon:
