@@ -4680,8 +4680,14 @@ DESK_PAGE = r"""<!doctype html>
   }
 
   // What can be set, and is remembered.
+  // Also as a Japanese input method writes it; who types "all" does not mean one of that name.
+  function plainExten(text) {
+    const plain = text.normalize('NFKC').replace(/、/g, ',').trim();
+    return WORDS.all.includes(plain.toLowerCase()) ? '' : plain;
+  }
   const remembered = query.get('exten') ?? kept.exten;
-  const n = PopupNotifier.connect({ exten: remembered || '', history: true, draw, onStatus });
+  const exten = plainExten(remembered || '');
+  const n = PopupNotifier.connect({ exten, history: true, draw, onStatus });
   find('#exten').value = n.exten;
   if (remembered === undefined) {
     find('#hint').textContent = say('ask');
@@ -4689,8 +4695,8 @@ DESK_PAGE = r"""<!doctype html>
   }
   find('form').onsubmit = (event) => {
     event.preventDefault();
-    n.exten = find('#exten').value;
-    kept.exten = n.exten;
+    n.exten = plainExten(find('#exten').value);
+    find('#exten').value = kept.exten = n.exten;
     query.set('exten', n.exten);
     history.replaceState(null, '', `?${query}`);
     find('#hint').textContent = '';

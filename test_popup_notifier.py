@@ -7499,6 +7499,20 @@ class BrowserTests(unittest.TestCase):
             self.open_desk(daemon, "")
             daemon.wait_for_log('browser connected.* exten="201"', 2)
 
+    def test_desk_takes_an_extension_as_an_agent_writes_it(self) -> None:
+        with Daemon() as daemon:
+            for text, exten in (
+                ("２０１、２０２", "201,202"),  # by a Japanese input method
+                ("すべて", ""),
+                ("All", ""),
+                ("a&b <c", "a&b,<c"),
+            ):
+                tab = self.open_desk(daemon, "?exten=1")
+                field = "document.querySelector('#exten')"
+                tab.evaluate(f"{field}.value = {json.dumps(text)}, {field}.form.requestSubmit()")
+                tab.wait_for(f"{field}.value === n.exten && n.exten === {json.dumps(exten)}")
+                self.open_desk(daemon, f"?exten={quote(text)}").wait_for(f"n.exten === '{exten}'")
+
     def test_desk_opens_the_page_of_a_caller(self) -> None:
         url = "https://crm.example/{}?q={{phone}}"
         link = "document.querySelector('#calls a')?.href"
