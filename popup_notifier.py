@@ -4743,7 +4743,9 @@ DESK_PAGE = r"""<!doctype html>
 <!-- admin -->
 <script>
   'use strict';
-  const trial = `phone=0312345678&exten=${n.exten.split(',')[0] || 'all'}&token=SECRET_TOKEN`;
+  // Root pastes it into a shell, and whoever made the link to this page chose the extension.
+  const wanted = encodeURIComponent(n.exten.split(',')[0] || 'all').replace(/[!'()*]/g, '');
+  const trial = `phone=0312345678&exten=${wanted}&token=SECRET_TOKEN`;
   find('#curl').textContent = `curl -m 1 -X POST "${location.origin}/api/trigger?${trial}"`;
   find('#copy').onclick = () => {
     getSelection().selectAllChildren(find('#curl'));

@@ -7555,6 +7555,11 @@ class BrowserTests(unittest.TestCase):
             tab.evaluate("document.querySelector('#copy').click()")
             example = tab.evaluate("getSelection().toString()")
             self.assertIn(f"127.0.0.1:{daemon.port}/api/trigger?phone=0312345678&", example)
+            hostile = quote("$(touch${IFS}x)`id`\"!!\\'")
+            tab = self.open_desk(daemon, f"?exten={hostile}")
+            example = tab.evaluate("document.querySelector('#curl').textContent")
+            self.assertRegex(example, r'^curl -m 1 -X POST "[\w:/.?=&%]+"$')
+            tab.evaluate("document.querySelector('#admin').open = true")
             daemon.trigger(token="wrong")
             refused = "document.querySelector('#refusals')?.textContent.includes('SECRET_TOKEN')"
             tab.wait_for(refused, 3 * TIMEOUT)
