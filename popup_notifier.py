@@ -4687,7 +4687,8 @@ DESK_PAGE = r"""<!doctype html>
   }
   const remembered = query.get('exten') ?? kept.exten;
   const exten = plainExten(remembered || '');
-  const n = PopupNotifier.connect({ exten, history: true, draw, onStatus });
+  const token = query.get('token'); // CRMWS_TOKEN
+  const n = PopupNotifier.connect({ exten, token, history: true, draw, onStatus });
   find('#exten').value = n.exten;
   if (remembered === undefined) {
     find('#hint').textContent = say('ask');
@@ -4697,10 +4698,9 @@ DESK_PAGE = r"""<!doctype html>
     event.preventDefault();
     n.exten = plainExten(find('#exten').value);
     find('#exten').value = kept.exten = n.exten;
-    query.set('exten', n.exten);
+    offerInstallation();
     history.replaceState(null, '', `?${query}`);
     find('#hint').textContent = '';
-    offerInstallation();
   };
   function showAlerts() {
     for (const kind of ['notification', 'sound']) {
@@ -4730,7 +4730,8 @@ DESK_PAGE = r"""<!doctype html>
   // Lets the browser install this page as an application, where it is served by https.
   function offerInstallation() {
     const icons = [{ src: find('[rel=icon]').href, sizes: 'any', type: 'image/svg+xml' }];
-    const start_url = `${location.origin}/?exten=${encodeURIComponent(n.exten)}`;
+    query.set('exten', n.exten);
+    const start_url = `${location.origin}/?${query}`;
     const scope = `${location.origin}/`;
     const name = `popup-notifier ${n.exten}`;
     const manifest = { name, start_url, scope, display: 'standalone', icons };

@@ -7465,7 +7465,10 @@ class BrowserTests(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             clock = Clock(folder)
             clock.set("23:59:00")
-            with patched(clock.statement) as program, Daemon(program=program, PING_INTERVAL=1) as d:
+            with (
+                patched(clock.statement) as program,
+                Daemon(program=program, PING_INTERVAL=1) as d,
+            ):
                 tab = self.open_desk(d)
                 for number in "123":
                     d.trigger(f"&exten=201&uniqueid=1.{number}", number)
@@ -7512,6 +7515,16 @@ class BrowserTests(unittest.TestCase):
                 tab.evaluate(f"{field}.value = {json.dumps(text)}, {field}.form.requestSubmit()")
                 tab.wait_for(f"{field}.value === n.exten && n.exten === {json.dumps(exten)}")
                 self.open_desk(daemon, f"?exten={quote(text)}").wait_for(f"n.exten === '{exten}'")
+
+    def test_desk_gives_the_token_of_its_address(self) -> None:
+        with Daemon(CRMWS_TOKEN="for+pages") as daemon:
+            tab = self.open_desk(daemon, "?token=for%2Bpages&exten=201")
+            tab.evaluate("document.querySelector('form').requestSubmit()")
+            tab.wait_for("location.search === '?token=for%2Bpages&exten=201'")
+            manifest = tab.evaluate(
+                "decodeURIComponent(document.querySelector('[rel=manifest]').href)"
+            )
+            self.assertIn('/?token=for%2Bpages&exten=201"', manifest)
 
     def test_desk_opens_the_page_of_a_caller(self) -> None:
         url = "https://crm.example/{}?q={{phone}}"
