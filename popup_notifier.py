@@ -4573,6 +4573,8 @@ DESK_PAGE = r"""<!doctype html>
     admin: ['For the administrator', '管理者向け'], copy: ['Copy', 'コピー'],
     try: ['A test call, on the PBX and with your token:',
       'テスト (PBX で実行します。token は設定ファイルの値です)'],
+    script: ['popup-sample.js is missing on the server: its log says where it belongs.',
+      'サーバに popup-sample.js がありません。置き場所はサーバのログに出ています。'],
     address: ['Browser', 'ブラウザ'], origin: ['Page', 'ページ'], refused: ['Refused', '拒否'],
   };
   const isJapanese = /^ja\b/i.test(navigator.language);
@@ -4678,6 +4680,8 @@ DESK_PAGE = r"""<!doctype html>
     find('#state').className = status.state === 'open' && !status.reason ? 'open' : 'bad';
     return false; // it is all said here
   }
+
+  if (!window.PopupNotifier) onStatus({ state: 'connecting', text: say('script') });
 
   // What can be set, and is remembered.
   // Also as a Japanese input method writes it; who types "all" does not mean one of that name.

@@ -7526,6 +7526,13 @@ class BrowserTests(unittest.TestCase):
             )
             self.assertIn('/?token=for%2Bpages&exten=201"', manifest)
 
+    def test_desk_says_that_its_script_is_missing(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = shutil.copy(PROGRAM, Path(folder, "popup-notifier"))
+            with Daemon(program=copy) as daemon:
+                tab = self.open(f"http://127.0.0.1:{daemon.port}/")
+                tab.wait_for("document.querySelector('#state.bad')?.textContent.includes('.js')")
+
     def test_desk_opens_the_page_of_a_caller(self) -> None:
         url = "https://crm.example/{}?q={{phone}}"
         link = "document.querySelector('#calls a')?.href"
