@@ -1388,9 +1388,11 @@ class TestHub(unittest.TestCase):
 
     def test_hanging_up_is_noticed(self) -> None:
         with Daemon() as daemon:
+            before = daemon.descriptors()
             with daemon.browser() as browser:
                 browser.sock.shutdown(socket.SHUT_WR)
                 daemon.wait_for_log("browser gone: 127.0.0.1 hung up without Close")
+                until(lambda: daemon.descriptors() == before, "its socket is closed")
             with daemon.browser() as browser:
                 reset(browser.sock)
                 daemon.wait_for_log("browser gone: 127.0.0.1 connection lost")
