@@ -3253,6 +3253,8 @@ class TestRelay(unittest.TestCase):
         with Redis() as redis, Daemon(REDIS_URL=f"unix://{redis.path}?db=2") as daemon:
             daemon.wait_for_log(f"calls are shared by {redis.path}")
             self.assertEqual(daemon.trigger(), 200)
+            databases = redis.ask("INFO", "keyspace").decode()
+            self.assertEqual(re.findall(r"^db\d+", databases, re.MULTILINE), ["db2"])
 
     @needs("openssl")
     def test_tls(self) -> None:
