@@ -5,27 +5,29 @@
     Asterisk -- manager events ---->  Asterisk --^
     browser  -- GET /crmws --------->  Server --Browser-->  Hub (owns the socket from here on)
 
-Read it from top to bottom:
+Read it from top to bottom, or look up where something is:
 
-    1. Configuration   KEYS, Config, load_config
-    2. Access lists    AccessList, peer_address, client_address, Origins, check_visitor
-    3. WebSocket       RFC 6455 without I/O: check_handshake, serialize_frame, WebSocketProtocol
-    4. Calls           Call, CallTracker, Log, LocalStream
+    1. Configuration   KEYS, where a new key begins; Config, load_config
+    2. Access lists    AccessList, client_address (behind a proxy), Origins, check_visitor
+    3. WebSocket       RFC 6455 without I/O: handshake, frames, WebSocketProtocol (answers Close)
+    4. Calls           Call, CallTracker (who gets an answer or an end), Log, LocalStream
     5. Event loop      Loop, DeadlineQueue
-    6. Hub             Browser, BrowserIndex, Hub
+    6. Hub             Browser, Hub: delivery, pings; stalled, silent or no longer admitted: closed
     7. HTTP            RFC 9112 without I/O: parse_head, check_parameters, serialize_response
-    8. Server          Connection, Server, RequestHandler, ROUTES
+    8. Server          Connection, Server, RequestHandler, ROUTES (what answers which path)
     9. TLS             make_tls_context, begin_tls
-    10. Redis          Link, RedisStream
-    11. Asterisk       Switchboard, ManagerLink, Asterisk
+    10. Redis          RedisStream: calls shared by several daemons, and while Redis is away
+    11. Asterisk       Switchboard (makes triggers of its events; uses AMI_TRUNKS), Asterisk
     12. Monitoring     HubMetrics, RefusalLog, metrics_lines, Supervisor, ServiceManager
-    13. The desk       DESK_PAGE
-    14. Command line   log, limits, signals, main
+    13. The desk       DESK_PAGE, the page at /; cards and their states are in popup-sample.js
+    14. Command line   the log, limits, Daemon (start, reload on SIGHUP, stop), --check, main
 
-Of http.server.ThreadingHTTPServer we use the listening socket, and a thread for a request that
-waits for a disk. Every other request is answered by the accepting thread as soon as it is whole: a
-thread for each would cost more than the answer. Its serve_forever and its parser are replaced, for
-they wait for whoever is slow.
+Before them come the errors, and quote(), which makes a caller ID safe for the log.
+
+Of http.server.ThreadingHTTPServer we use the listening socket and the request threads. Threads are
+for what may wait, a file or another thread (Route.is_slow); every other request is answered by the
+accepting thread, which costs less than starting one. serve_forever and the parser are our own,
+because the library's wait for whoever is slow.
 
 Who may touch what:
 
@@ -98,7 +100,7 @@ IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 #     ProtocolError       this WebSocket connection is failed with `close_code`
 #     RedisError          Redis refused a command
 #       ReplyError        or does not speak its protocol
-#     ManagerError        Asterisk does not let us in, or is none
+#     ManagerError        Asterisk does not let us in, or what answers is not Asterisk
 
 
 class ConfigError(Exception):
@@ -135,15 +137,18 @@ class RedisError(Exception):
 
 
 class ReplyError(RedisError):
-    """What should be Redis does not answer as Redis does."""
+    """What answers is not Redis, or not in its protocol."""
 
 
 class ManagerError(Exception):
-    """Asterisk does not let us in, or what should be Asterisk is none."""
+    """Asterisk does not let us in, or what answers is not Asterisk."""
 
 
 def quote(text: str, limit: int = 64) -> str:
-    """Return foreign text for a log line or an error: in quotes, cut at `limit`, one line."""
+    """Return foreign text, such as a caller ID, made safe for a log line or an error.
+
+    It is in quotes, on one line, escaped, and cut after `limit` characters.
+    """
     escaped = []
     for char in text[:limit]:
         if char in '"\\':
@@ -156,11 +161,15 @@ def quote(text: str, limit: int = 64) -> str:
 
 
 def quote_unless_plain(text: str) -> str:
-    """Return foreign text for a list in a log line: letters and digits need no quotes."""
+    """Return foreign text made safe for the log: without quotes if it is letters and digits."""
     return text if re.fullmatch(r"[\w.+-]+", text) else quote(text)
 
 
 # --- 1. Configuration --------------------------------------------------------------------------
+#
+# A new key is a row in KEYS and a field of Config; popup-notifier.conf and the README have it, as
+# tests check. A Config never changes, so any thread may read it: a reload makes another.
+# A parser raises ValueError with the rest of a sentence that begins with the value.
 
 
 class Config(NamedTuple):
@@ -224,7 +233,7 @@ def parse_bool(text: str) -> bool:
 
 
 def parse_path(text: str) -> Path:
-    """Return an absolute path: the daemon's working directory is nobody's business."""
+    """Return an absolute path: the admin does not know the daemon's working directory."""
     if not text.startswith("/"):
         raise ValueError("is not an absolute path such as /etc/popup-notifier/privkey.pem")
     return Path(text)
@@ -248,13 +257,13 @@ def parse_token(text: str) -> str:
 
 
 def parse_networks(text: str) -> AccessList:
-    """Return the access list that comma-separated addresses and CIDR networks make."""
+    """Return the access list of comma-separated addresses and CIDR networks."""
     entries = [entry.strip() for entry in text.split(",")]
     return AccessList([parse_network(entry) for entry in entries if entry])
 
 
 def parse_origins(text: str) -> Origins:
-    """Return the origins that comma-separated entries name."""
+    """Return the origins of comma-separated entries."""
     entries = [entry.strip() for entry in text.split(",")]
     return Origins([parse_origin(entry) for entry in entries if entry])
 
@@ -279,7 +288,7 @@ def parse_open_url(text: str) -> str:
 
 
 class RedisURL(NamedTuple):
-    """Where Redis is, and as whom we speak to it."""
+    """Where Redis is, and the account that we use there."""
 
     address: str | tuple[str, int]  # the path of a Unix socket, or host and port
     is_tls: bool
@@ -335,7 +344,7 @@ def parse_redis_url(text: str) -> RedisURL:
 
 
 class ManagerURL(NamedTuple):
-    """Where Asterisk's manager interface is, and as whom we log in."""
+    """Where Asterisk's manager interface is, and the account that we use there."""
 
     host: str
     port: int
@@ -361,19 +370,19 @@ def parse_manager_url(text: str) -> ManagerURL:
 
 
 class Trunks(frozenset[str]):
-    """The trunks that calls from outside come in by: provider or PJSIP/provider, in lower case."""
+    """The trunks that calls come in by, as provider or PJSIP/provider, in lower case."""
 
     def __str__(self) -> str:
         return ",".join(sorted(self))
 
 
 def parse_trunks(text: str) -> Trunks:
-    """Return the trunks that comma-separated names are."""
+    """Return the trunks of comma-separated names."""
     return Trunks(each.strip().lower() for each in text.split(",") if each.strip())
 
 
 def parse_network(text: str) -> IPNetwork:
-    """Return one address or network; the error offers what was probably meant."""
+    """Return an address or network; the error offers what was probably meant."""
     try:
         network = ipaddress.ip_network(text)
     except ValueError:
@@ -423,12 +432,12 @@ KEYS = (
     Key("AMI_URL", "", parse_optional(parse_manager_url), is_secret=True, needs_restart=True),
     Key("AMI_TRUNKS", "", parse_trunks, needs_restart=True),
 )
-SAMPLE_TOKEN = "mytoken"  # the one that everybody can read in the sample
+SAMPLE_TOKEN = "mytoken"  # in popup-notifier.conf: everybody can read it
 KEY_BY_NAME = {name: key for key in KEYS for name in (key.name, key.alias) if name}
 
 
 def load_config(path: Path) -> tuple[Config, list[str]]:
-    """Read the file; return what it says and a warning for each oddity, raise ConfigError."""
+    """Return a file's configuration and warnings; raises ConfigError with all mistakes."""
     try:
         data = path.read_bytes()
         mode = path.stat().st_mode
@@ -449,7 +458,7 @@ def load_config(path: Path) -> tuple[Config, list[str]]:
 
 
 def parse_config(data: bytes, source: str) -> tuple[Config, list[str]]:
-    """Return what the bytes of a configuration file say, as load_config does."""
+    """Return what load_config() does, for the bytes of a file that messages call `source`."""
     values: dict[str, Any] = {}
     seen: dict[str, int] = {}
     names: set[str] = set()
@@ -497,7 +506,7 @@ def parse_config(data: bytes, source: str) -> tuple[Config, list[str]]:
 
 
 def changed_defaults(names: set[str]) -> Iterator[str]:
-    """Yield which missing key meant something else to the Go daemon of two ports (version 2)."""
+    """Yield which missing keys had another default in the Go daemon of two ports (version 2)."""
     has_client_port = not names.isdisjoint({"CLIENT_PORT", "WSS_PORT"})
     if not has_client_port and not names.isdisjoint({"HTTP_PORT", "USE_SSL"}):
         yield "CLIENT_PORT is missing: the Go daemon had browsers at CLIENT_PORT=8990 then"
@@ -506,7 +515,7 @@ def changed_defaults(names: set[str]) -> Iterator[str]:
 
 
 def check_tls_keys(config: Config) -> Iterator[str]:
-    """Yield what is wrong with the keys that go together."""
+    """Yield what is wrong with the keys for ports and TLS when taken together."""
     if config.client_port == config.port:
         yield f"CLIENT_PORT: {config.port} is PORT already"
     if not config.use_ssl:
@@ -519,7 +528,7 @@ def check_tls_keys(config: Config) -> Iterator[str]:
 
 
 def check_manager_keys(config: Config) -> Iterator[str]:
-    """Yield what is wrong with the keys for Asterisk."""
+    """Yield what is wrong with the keys for Asterisk when taken together."""
     if config.ami_url is not None and not config.ami_trunks:
         example = "AMI_TRUNKS=provider for channels such as PJSIP/provider-0000001a"
         yield f"AMI_URL needs the names of the trunks that calls come in by: {example}"
@@ -539,9 +548,9 @@ def describe_config(config: Config) -> Iterator[str]:
 
 
 def config_lines(data: bytes) -> Iterator[tuple[int, str, bytes | None]]:
-    """Yield (line number, key, value) of each line that says something; no '=': value None.
+    """Yield (line number, key, value) of each line with a setting; without "=" the value is None.
 
-    Comments are passed over as bytes: old ones are in Shift_JIS or EUC-JP.
+    Comments are skipped as bytes, for old ones are in Shift_JIS or EUC-JP.
     """
     for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).splitlines(), 1):
         line = line.strip()
@@ -603,11 +612,11 @@ def peer_address(host: str) -> IPAddress:
 
 
 def client_address(peer: IPAddress, forwarded: str | None, proxies: AccessList) -> IPAddress:
-    """Return who sent a request: the peer or, behind trusted proxies, whom they name.
+    """Return who sent a request: the peer or, behind trusted proxies, the client they name.
 
     `forwarded` is X-Forwarded-For, all its lines joined. It is read from the right: each proxy
-    adds whom it saw, and what stands left of an address that is no proxy was written by that one.
-    Raises RequestError for what is no address.
+    adds whom it saw. What stands left of an address that is not a proxy's may be forged. Raises
+    RequestError (400) for anything but an address.
     """
     address = peer
     hops = [] if forwarded is None else [hop.strip() for hop in forwarded.split(",")]
@@ -622,7 +631,7 @@ def client_address(peer: IPAddress, forwarded: str | None, proxies: AccessList) 
 
 
 def normalize_origin(text: str) -> str:
-    """Return an origin in the one form in which it is compared."""
+    """Return an origin as it is compared: in lower case, without its default port."""
     origin = text.lower()
     if origin.startswith("https:"):
         return origin.removesuffix(":443")
@@ -639,7 +648,7 @@ class Origins:
         return ", ".join(self.patterns) or "any"
 
     def allows(self, origin: str | None) -> bool:
-        """Tell whether a page of this origin may connect; who sends none is no browser."""
+        """Tell whether a page of this origin may connect; None, from other programs, may."""
         if not self.patterns or origin is None:
             return True
         # A star stands for one label: https://*.example.com is https://a.example.com.
@@ -651,22 +660,22 @@ class Origins:
 
 
 class Visitor(NamedTuple):
-    """Who a browser is, as far as it is asked."""
+    """What decides whether a browser is admitted."""
 
     address: IPAddress
     origin: str | None  # of its page
-    tokens: tuple[str, ...]  # those that it gave
+    tokens: tuple[str, ...]  # that it sent
 
 
 def check_address(config: Config, access_list: str, address: IPAddress) -> None:
-    """Raise RequestError for an address that is not in an access list, a field of Config."""
+    """Raise RequestError (403) for an address that is not in an access list, a field of Config."""
     if not getattr(config, access_list).allows(address):
         reason = f"{address} is not in {access_list.upper()}"
         raise RequestError(HTTPStatus.FORBIDDEN, reason)
 
 
 def check_visitor(config: Config, visitor: Visitor) -> None:
-    """Raise RequestError for a browser that may not connect, by its address, origin or token."""
+    """Raise RequestError (403, 401) for a browser that may not come: address, origin, token."""
     check_address(config, "crmws_allow", visitor.address)
     if not config.crmws_origins.allows(visitor.origin):
         origin = quote(normalize_origin(visitor.origin or ""))
@@ -676,7 +685,7 @@ def check_visitor(config: Config, visitor: Visitor) -> None:
 
 
 def matches_token(token: str, given: Iterable[str]) -> bool:
-    """Tell whether a secret is among what was given, in constant time each."""
+    """Tell whether one of the given texts is the token; each is compared in constant time."""
     secret = token.encode()
     return any(hmac.compare_digest(each.encode("utf-8", "replace"), secret) for each in given)
 
@@ -1030,16 +1039,23 @@ def parse_frame_head(data: bytes, start: int) -> tuple[FrameHead, int] | None:
 
 # --- 4. Calls ----------------------------------------------------------------------------------
 #
-# The log is the only copy of a call and of its frame. All who send or hear calls have a place in
-# it: the Hub has sent everything before its own place to the browsers that keep up; a browser that
-# does not, because its socket is full or because it has just come back, has a place of its own.
+# A phone call has three kinds of events: ring, answer, end. Each of them is triggered, and becomes
+# a Call in the log, which is the only copy of it and of its frame.
 #
-# Calls get into the log by a stream: LocalStream for a daemon on its own, RedisStream (section 8)
+# A place in the log is a number. A cursor is the place that a reader has come to: the Hub has sent
+# everything before its cursor to the browsers that keep up; a browser that does not, because its
+# socket is full or because it has just come back, has a cursor of its own. A position is what a
+# browser remembers to come back with, an ID; it means the same to every daemon of a stream.
+#
+# Calls get into the log by a stream: LocalStream for a daemon on its own, RedisStream (section 10)
 # for several that share their calls. Nobody else knows where calls come from.
+#
+# Any thread may use the streams and the log. A stream's lock is taken before the log's, and the
+# Hub's before both.
 
 MAX_HISTORY = 20_000  # calls remembered at most, whatever HISTORY says: some 30 MB
 MAX_HISTORY_SIZE = 32 << 20  # bytes of their frames: they may be 200 KiB each
-MAX_KEPT = 22_000  # calls, and so much more bytes: who begins at the oldest must get that one, too
+MAX_KEPT = 22_000  # calls, and bytes in proportion: whoever begins at the oldest must get it
 SLICE_SIZE = 64 * 1024  # bytes sent to a browser that lags before the others have their turn
 SLICE_CALLS = 1000  # calls looked at for it: most may be for other extensions
 # A PBX sends each event by a process or channel of its own: an answer within the first moment, as
@@ -1053,9 +1069,10 @@ ID_PATTERN = re.compile(r"([0-9]{1,15})-([0-9]{1,400})")
 
 
 class CallID(NamedTuple):
-    """Names a call, and the position of a browser that has heard all calls up to it.
+    """The ID of a call, and the position of a browser that has had every call up to it.
 
-    A daemon on its own counts the calls of its run: START-COUNT. With Redis it is the stream's.
+    A daemon on its own counts the calls since its start: START-COUNT, the start in milliseconds
+    since 1970. With Redis it is the ID of the call's entry in the stream.
     """
 
     milliseconds: int
@@ -1065,11 +1082,11 @@ class CallID(NamedTuple):
         return f"{self.milliseconds}-{self.sequence}"
 
 
-BEGINNING = CallID(0, 0)  # before every call
+BEGINNING = CallID(0, 0)  # the position before every call
 
 
 def parse_id(text: str) -> CallID:
-    """Return the ID that a text is; raises ValueError."""
+    """Return the ID that a text holds; raises ValueError."""
     matched = ID_PATTERN.fullmatch(text)
     if matched is None:
         raise ValueError(f"{quote(text)} is no id that a message had")
@@ -1077,30 +1094,30 @@ def parse_id(text: str) -> CallID:
 
 
 class Trigger(NamedTuple):
-    """What the PBX told of a call: one of its events."""
+    """An event of a phone call, as the PBX reported it."""
 
-    key: str  # names this message, however often it is sent
+    key: str  # of this message, the same however often it is sent
     time: int  # milliseconds since 1970, by the stream's clock
-    parameters: Mapping[str, str]  # phone, exten and what else was sent, but for the token
+    parameters: Mapping[str, str]  # phone, exten and all else that was sent, but the token
     source: str  # the address that triggered it
     began: float  # the same time in monotonic seconds
 
 
 class Call(NamedTuple):
-    """A trigger in the log."""
+    """A trigger in the log, and the frame that browsers get."""
 
     id: CallID
     trigger: Trigger
-    extens: frozenset[str]  # who is told: in lower case; "all" is everybody
-    frame: bytes  # the message as it is sent to everybody
+    extens: frozenset[str]  # of the browsers that get it, in lower case; "all": every browser
+    frame: bytes
     place: int  # in the log
-    logged: float  # when it came there, monotonic seconds
-    is_early: bool = False  # sent before it has a place in the stream: its ID moves nobody
-    is_history: bool = False  # sent before: for those who come back alone
+    logged: float  # when it was added, monotonic seconds
+    is_early: bool = False  # delivered before it is in Redis; its ID is the call's before it
+    is_history: bool = False  # not delivered live: only to browsers that come back
 
 
 def serialize_call(call_id: CallID, trigger: Trigger) -> bytes:
-    """Return the frame of a call. It is ASCII, so that no caller ID can break it on its way."""
+    """Return the frame of a call. It is ASCII, so no caller ID can break it on its way."""
     message = {
         "type": "CALL_IN",
         "id": str(call_id),
@@ -1114,7 +1131,7 @@ def serialize_call(call_id: CallID, trigger: Trigger) -> bytes:
 
 
 def serialize_position(kind: str, position: CallID, now: int, facts: str) -> bytes:
-    """Return the frame that says where a browser stands: HELLO, or ALIVE once it is up to date.
+    """Return the frame that tells a browser its position: HELLO, or ALIVE once it is up to date.
 
     `facts` are further members of the JSON object, as text.
     """
@@ -1128,21 +1145,21 @@ def split_extens(text: str) -> frozenset[str]:
 
 
 class TrackedCall:
-    """What was told of one phone call, known by its uniqueid."""
+    """Which extensions have got events of one phone call, which has one uniqueid."""
 
     __slots__ = ("extens", "is_over", "settled", "time")
 
     def __init__(self) -> None:
-        self.extens: frozenset[str] = NO_EXTENS  # who was told
+        self.extens: frozenset[str] = NO_EXTENS  # that got one
         self.time = -math.inf  # of the last event, monotonic seconds
         self.settled = -math.inf  # when it was last answered, or ended
         self.is_over = False
 
     def recipients(self, event: str, extens: frozenset[str], now: float) -> frozenset[str]:
-        """Return who is to be told of an event that is addressed to `extens`.
+        """Return which extensions get an event that the PBX addressed to `extens`.
 
-        Whoever was told that a call rings is told of its answer and its end. A ring that one of
-        these has overtaken is for those alone who were told of that: others would see it ring on.
+        Whoever got the ring gets the answer and the end: their cards must go. A ring that one of
+        these has overtaken is only for those who got that one: others would see it ring on.
         """
         if event == "ring" and now - self.settled >= OVERTAKING:
             return extens
@@ -1154,13 +1171,13 @@ class TrackedCall:
 
 
 class CallTracker:
-    """Knows who was told of which call, until the call is over or there is no more news of it."""
+    """Knows who got events of which phone call. Belongs to a Log, and is guarded by its lock."""
 
     def __init__(self) -> None:
         self._calls: collections.OrderedDict[str, TrackedCall] = collections.OrderedDict()
 
     def track(self, parameters: Mapping[str, str], now: float, seconds: float) -> frozenset[str]:
-        """Return the extensions to be told of an event; calls are known for `seconds`."""
+        """Return which extensions get an event; a call is forgotten `seconds` after its last."""
         extens = split_extens(parameters["exten"]) or frozenset([ALL])
         unique, event = parameters.get("uniqueid"), parameters.get("event", "ring")
         if not unique:
@@ -1185,45 +1202,44 @@ class CallTracker:
 
 
 class Slice(NamedTuple):
-    """Some calls that stand in the log one after another."""
+    """Calls that stand in the log one after another."""
 
     calls: list[Call]
     end: int  # the place behind them
-    position: CallID  # of who has heard all up to there
+    position: CallID  # of a browser that has had all up to there
 
 
 class Resumption(NamedTuple):
-    """Where a browser goes on that comes back."""
+    """Where a browser that comes back goes on."""
 
     cursor: int  # the place to go on from
-    since: CallID  # calls up to it were heard
+    since: CallID  # it has had the calls up to this position
     is_complete: bool  # all calls since then are in the log
 
 
 class Log:
-    """The calls of the last seconds, in the order in which everybody hears them. Any thread.
+    """The calls of the last seconds, in the order in which everybody gets them. Any thread.
 
-    A place in it is a number: so many calls came before. It keeps MAX_HISTORY calls and
-    MAX_HISTORY_SIZE bytes at most.
+    A call's place is the number of calls before it. The history, for browsers that come back, is
+    the calls of the last `seconds`, at most MAX_HISTORY calls and MAX_HISTORY_SIZE bytes; a little
+    more is kept for browsers that lag.
     """
 
     def __init__(self, seconds: float, position: CallID) -> None:
-        self.seconds = seconds  # that calls are kept for those who come back
-        self.is_complete = True  # all calls are here that there were within that time
+        self.seconds = seconds  # that calls are in the history
+        self.is_complete = True  # it has every call of that time
         self._lock = threading.Lock()
-        # Guarded by the lock. Three lists alike: calls, their IDs, and where their frames would
-        # end if all that ever came stood one after another.
+        # Guarded by the lock. Three lists in step: calls, their IDs, and where their frames would
+        # end if all frames ever stood one after another.
         self._calls: list[Call] = []
         self._ids: list[CallID] = []
         self._ends: list[int] = []
         self._start = 0  # the place of the first call
         self._end = 0  # the place behind the last one
         self._offset = 0  # where its frame begins
-        self._history_start = (
-            0  # the place of the first call that is still for those who come back
-        )
+        self._history_start = 0  # the place of the history's first call
         self._position = position
-        self._complete_since = position  # all calls after it are remembered
+        self._complete_since = position  # the history has every call after this position
         self._tracker = CallTracker()
 
     @property
@@ -1238,7 +1254,7 @@ class Log:
 
     @property
     def position(self) -> CallID:
-        """The position of who has heard all calls."""
+        """The position of a browser that has had every call."""
         return self._position
 
     def append(
@@ -1249,7 +1265,7 @@ class Log:
         is_early: bool = False,
         is_history: bool = False,
     ) -> Call:
-        """Add a call that is told to `extens`, or to whom it concerns as far as we know of it."""
+        """Add a call for `extens`; by default, for those that the CallTracker names."""
         with self._lock:
             now = time.monotonic()
             if extens is None:
@@ -1264,17 +1280,17 @@ class Log:
             return call
 
     def advance(self, position: CallID) -> None:
-        """Take note that there is no further call up to a position."""
+        """Move the position on: no further call will come up to there."""
         with self._lock:
             self._position = max(self._position, position)
 
     def begin_after(self, position: CallID) -> None:
-        """Take note that nothing is known of what came up to a position."""
+        """Record that calls up to a position are not known here."""
         with self._lock:
             self._complete_since = max(self._complete_since, position)
 
     def resume(self, since: CallID) -> Resumption:
-        """Return where a browser goes on that has heard all calls up to a position."""
+        """Return where a browser goes on that has had every call up to a position."""
         with self._lock:
             oldest = time.monotonic() - self.seconds
             while self._history_start < self._end:
@@ -1289,7 +1305,7 @@ class Log:
             )
 
     def find_last(self, count: int, place: int, wants: Callable[[Call], bool]) -> int:
-        """Return the place of the last `count` calls that are wanted, of those from a place on."""
+        """Return where the last `count` wanted calls begin; `place` if fewer follow it."""
         with self._lock:
             for call in reversed(self._calls[max(place - self._start, 0) :]):
                 count -= wants(call)
@@ -1298,7 +1314,7 @@ class Log:
         return place
 
     def read(self, place: int, stop: int | None = None) -> Slice | None:
-        """Return the next calls, a slice that is sent at once; None when they are forgotten."""
+        """Return some calls from a place on, up to `stop`; None when they are forgotten."""
         with self._lock:
             first = place - self._start
             if first < 0:
@@ -1312,7 +1328,7 @@ class Log:
             return Slice(self._calls[first:last], self._start + last, position)
 
     def forget(self, place: int, seconds: float) -> None:
-        """Forget what is too much, or so many seconds older than the history; up to a place."""
+        """Forget calls before a place: those over the limits, or `seconds` out of the history."""
         with self._lock:
             oldest = time.monotonic() - self.seconds - seconds
             count = 0
@@ -1327,12 +1343,13 @@ class Log:
                 del self._calls[:count], self._ids[:count], self._ends[:count]
 
     def _retire(self, call: Call) -> None:
+        """Take a call, and those before it, out of the history."""
         if call.place >= self._history_start:
             self._history_start = call.place + 1
             self._complete_since = max(self._complete_since, call.id)
 
     def _is_over_limit(self, count: int, limit: int) -> bool:
-        """Tell whether more calls, or bytes, are kept than may be, without the first `count`."""
+        """Tell whether calls or bytes are over a limit of calls, without the first `count`."""
         size = self._ends[-1] - (self._ends[count - 1] if count else self._offset)
         return len(self._calls) - count > limit or size * MAX_HISTORY > MAX_HISTORY_SIZE * limit
 
@@ -1347,7 +1364,7 @@ class LocalStream:
         self.log = Log(seconds, CallID(self._run, 0))
 
     def start(self, supervisor: Supervisor, deliver: Callable[[], None]) -> None:
-        """Begin; `deliver` is called when there are new calls in the log."""
+        """Begin; `deliver` is called by any thread when there are new calls in the log."""
         self._deliver = deliver
 
     def clock(self) -> int:
@@ -1357,7 +1374,7 @@ class LocalStream:
     def publish(
         self, parameters: Mapping[str, str], source: str, answer: Callable[[], None]
     ) -> None:
-        """Put a call into the log; `answer` is called when it is there."""
+        """Put a call into the log; call `answer` when it is there."""
         with self._lock:
             self._count += 1
             call_id = CallID(self._run, self._count)
@@ -1386,8 +1403,8 @@ class LocalStream:
 
 # --- 5. Event loop -----------------------------------------------------------------------------
 #
-# What the Hub's thread and those of the ports are built on: nobody but its own thread waits for a
-# Loop's sockets, and any thread may hand it a task.
+# The Hub's thread and each port's have a Loop. Only that thread waits for its sockets, changes and
+# forgets them; other threads may add one, wake the loop or hand it a task.
 
 # Taken from one browser before the next has its turn: a whole TLS record, so that none of it stays
 # where the selector can't see it.
@@ -1437,7 +1454,7 @@ class Loop:
 
     def wake(self) -> None:
         """End the wait, or the next one. Any thread, and signal handlers."""
-        # A full pipe has wakings enough.
+        # If the pipe is full, it will wake anyway.
         with contextlib.suppress(BlockingIOError):
             self._writer.send(b"\0")
 
@@ -1453,16 +1470,16 @@ class Loop:
         return turned
 
     def wake_on_signals(self) -> None:
-        """Let every signal wake, too. Main thread.
+        """Let every signal wake the loop, too. Main thread.
 
         A handler runs between two steps of the main thread: a signal that comes as its wait
-        begins, or that the system hands to another thread, would be slept over.
+        begins, or that the system hands to another thread, would not end that wait.
         """
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
 
 
 class DeadlineQueue(Generic[Item]):
-    """Items that have `timeout` seconds each, the first due first; `size` is for its user."""
+    """Items that have `timeout` seconds each, the first due first; its user minds `size`."""
 
     def __init__(self, timeout: float, size: int = sys.maxsize) -> None:
         self.timeout = timeout
@@ -1505,38 +1522,38 @@ class DeadlineQueue(Generic[Item]):
 
 
 def seconds_until(deadline: float) -> float | None:
-    """Return how long a Loop may wait: None when nothing is due."""
+    """Return the seconds to wait for a deadline, in monotonic seconds; None: for ever."""
     return None if deadline == math.inf else max(deadline - time.monotonic(), 0)
 
 
 # --- 6. Hub ------------------------------------------------------------------------------------
 #
 # One thread owns all browsers. It neither waits for one of them nor keeps calls for it: what a
-# browser is owed stands in the log.
+# browser has yet to get is in the log. A stalled browser, and one that falls behind the log, gets
+# Close 1008 "too slow"; one that is silent, or does not hang up after Close, gets a reset.
 
-LOGGED_EXTENS = 10  # so many are named when nobody wanted a call
-LOGGED_ARRIVALS = 4  # of browsers that come at once, so many are named in the log
-MAX_BROWSER_MESSAGE = 8 * 1024  # bytes of a message from a browser: no page has to say anything
-MAX_JOINED = 64  # slices whose frames are kept joined, 4 MiB: a crowd comes back at one place
-TURN_SLICES = 4  # that a browser is sent before the others have their turn
+LOGGED_EXTENS = 10  # extensions named in the log when nobody wanted a call
+LOGGED_ARRIVALS = 4  # browsers named in the log when many come at once
+MAX_BROWSER_MESSAGE = 8 * 1024  # bytes: no page has to say anything
+MAX_JOINED = 64  # slices kept joined, 4 MiB: many browsers come back at one place
+TURN_SLICES = 4  # sent to one browser before the others have their turn
 MAX_UNANSWERED = 2  # pings; then a browser is gone
-# Of the interval: pings that are due within it leave together. To wake for each of 10,000
+# Share of the interval: pings that are due within it leave together. To wake for each of 10,000
 # browsers, and again for its answer, costs three times as much.
 PING_SLACK = 0.01
-# Seconds after which a browser whose socket takes nothing is too slow: another radio cell takes 3.
-STALL_TIMEOUT = 10.0
+STALL_TIMEOUT = 10.0  # seconds that a socket may take nothing; a change of radio cell takes 3
 CLOSE_TIMEOUT = 1.0  # seconds that a browser has to take its Close frame and hang up
 STOP_TIMEOUT = 3.0  # seconds that all of them together have when the daemon ends
 PING = serialize_frame(Opcode.PING, b"")
 
 
 class Subscription(NamedTuple):
-    """What a browser asks for."""
+    """What a browser asks for in its handshake."""
 
     extens: frozenset[str] = NO_EXTENS  # whose calls; none: every call
-    recovers: bool = False  # it is told where it stands: HELLO, ALIVE
-    since: CallID | None = None  # what it has heard
-    last: int = 0  # of what it has missed, so many calls at most; 0: all
+    recovers: bool = False  # it sent since=, and gets its position by HELLO and ALIVE
+    since: CallID | None = None  # the position that it comes back with
+    last: int = 0  # of the calls that it missed, so many at most; 0: all
 
 
 class Browser:
@@ -1567,11 +1584,11 @@ class Browser:
         self.sock = sock  # non-blocking
         self.send = sock.send
         self.visitor = visitor
-        # `since` is what it had heard when it came, and None once it is up to date.
+        # `since` is the position that it came with, and None once it is up to date.
         self.extens, self.recovers, self.since, self.last = subscription
-        self.unread = unread  # what came behind the handshake
-        self.cursor = 0  # in the log, while it does not keep up
-        self.unsent: bytes | memoryview = b""  # of the last send; it ends with a whole frame
+        self.unread = unread  # bytes that came behind the handshake
+        self.cursor = 0  # the place in the log that it has come to, while it does not keep up
+        self.unsent: bytes | memoryview = b""  # rest of the last send; it ends with a whole frame
         self.unanswered = 0  # pings
         self.protocol = WebSocketProtocol(MAX_BROWSER_MESSAGE)
 
@@ -1589,7 +1606,7 @@ class Browser:
         return self.sock.fileno() < 0
 
     def wants(self, call: Call) -> bool:
-        """Tell whether a call is to be sent to this browser when its place has come there."""
+        """Tell whether this browser is to get the call at its cursor."""
         if self.since is None:
             if call.is_history:
                 return False
@@ -1599,7 +1616,7 @@ class Browser:
 
 
 class BrowserIndex:
-    """Browsers by what they want to hear: a call costs by who hears it, not by who is here."""
+    """Browsers by extension: a call costs time for those who get it, not for all who are here."""
 
     def __init__(self) -> None:
         self.unfiltered: dict[Browser, None] = {}  # want every call
@@ -1648,7 +1665,7 @@ class BrowserIndex:
 
 
 class DropReason(enum.Enum):
-    """Why we end a browser's connection."""
+    """Why we end a browser's connection, as the log and /metrics name it."""
 
     TOO_SLOW = "too slow"
     SILENT = "silent"
@@ -1658,7 +1675,7 @@ class DropReason(enum.Enum):
 
 
 def describe_settings(config: Config) -> str:
-    """Return what pages are told of the configuration, as members of a JSON object."""
+    """Return the settings that pages get in HELLO and ALIVE, as members of a JSON object."""
     settings: dict[str, object] = {"interval": config.ping_interval}
     if config.open_url is not None:
         settings["open"] = config.open_url
@@ -1669,13 +1686,12 @@ class Hub:
     """The browsers, and the one thread that talks to them.
 
     A browser is in one of three groups. Those that keep up get each call as it comes. Those that
-    lag have a place in the log; when their socket has room they are sent the next slice from
-    there, between new calls, and are not listened to meanwhile: what they say can't add to what
-    they are owed. One that has heard more from another daemon than this one has read lags, too,
-    and is listened to. Those that leave have their Close frame and a moment to hang up.
+    lag have a cursor; when their socket has room they are sent the next slice of the log, between
+    new calls. They are not read from meanwhile, or the replies would pile up. One that has had
+    more from another daemon than this one has read lags, too, and is read from. Those that leave
+    have been sent Close, and have CLOSE_TIMEOUT to hang up.
 
-    Other threads call start, subscribe, admit_arrivals, reconfigure and close, which never wait
-    for a browser.
+    Other threads call the methods without an underscore, which never wait for a browser.
     """
 
     def __init__(self, config: Config, max_browsers: int, stream: Stream) -> None:
@@ -1687,19 +1703,19 @@ class Hub:
         self._log = stream.log
         self._lock = threading.Lock()
         # Guarded by the lock.
-        self._registry: dict[Browser, None] = {}  # who is here
-        self._arrivals: list[Browser] = []  # those whom the Hub's thread does not know yet
+        self._registry: dict[Browser, None] = {}  # who is here, but for those that leave
+        self._arrivals: list[Browser] = []  # of these: in no group yet
         self._is_closing = False
         self._settings = describe_settings(config)  # for HELLO and ALIVE; set by the Hub's thread
         # Set by any thread when the log has grown; cleared by the Hub's before it looks there.
         self._has_new_calls = False
         # The Hub's thread's own.
         self._now = time.monotonic()
-        self._cursor = self._log.end  # in the log: all before it was sent to those who keep up
+        self._cursor = self._log.end  # all before it was sent to those who keep up
         self._position = self._log.position  # theirs
         self._keeping_up = BrowserIndex()
         self._lagging = BrowserIndex()
-        self._ahead: dict[Browser, None] = {}  # of these: have heard more than the log has
+        self._ahead: dict[Browser, None] = {}  # of these: have had more than the log has
         self._ping_deadlines: DeadlineQueue[Browser] = DeadlineQueue(config.ping_interval)
         self._stall_deadlines: DeadlineQueue[Browser] = DeadlineQueue(STALL_TIMEOUT)
         self._leaving: DeadlineQueue[Browser] = DeadlineQueue(CLOSE_TIMEOUT)
@@ -1713,7 +1729,7 @@ class Hub:
         self._thread = supervisor.run("hub", self._run, self.loop)
 
     def deliver(self) -> None:
-        """Take note of new calls in the log."""
+        """Have the new calls in the log delivered."""
         if not self._has_new_calls:
             self._has_new_calls = True
             self.loop.wake()
@@ -1721,7 +1737,7 @@ class Hub:
     def subscribe(self, browser: Browser, greeting: bytes) -> bool:
         """Take over a browser: it gets the greeting (its 101), then every call from now on.
 
-        False when there is no place for it: its socket is the caller's still.
+        False when there is no room for it: then its socket is still the caller's.
         """
         with self._lock:
             if self._is_closing or len(self._registry) >= self.max_browsers:
@@ -1743,16 +1759,16 @@ class Hub:
         return True
 
     def admit_arrivals(self) -> None:
-        """Let the Hub's thread take note of the arrivals, rather than when it turns anyway.
+        """Have those who have arrived admitted now, not when the Hub's thread wakes anyway.
 
-        Called when there is nothing else to do: woken for each of 10,000 browsers, the two
-        threads would fight for the interpreter's lock most of the time.
+        For a port that has nothing else to do: if it woke the Hub for each of 10,000 browsers,
+        the two threads would fight for the interpreter's lock most of the time.
         """
         if self._arrivals:
             self.loop.wake()
 
     def reconfigure(self, config: Config, max_browsers: int) -> None:
-        """Take over a new configuration; browsers that it does not admit are closed with 1008."""
+        """Use a reloaded configuration; browsers that it does not admit are closed with 1008."""
         self.max_browsers = max_browsers
         self._log.seconds = config.history
         self.loop.call_soon(partial(self._apply_config, config))
@@ -1762,7 +1778,7 @@ class Hub:
         return len(self._registry)
 
     def browsers(self) -> list[Browser]:
-        """Return the browsers that are connected, the first to come first; only to look at."""
+        """Return the connected browsers in order of arrival; only to look at."""
         with self._lock:
             return list(self._registry)
 
@@ -1775,8 +1791,8 @@ class Hub:
             self._thread.join(STOP_TIMEOUT + CLOSE_TIMEOUT)
 
     def _resume(self, browser: Browser) -> bytes:
-        """Give a browser its place in the log; return HELLO, and ALIVE if it missed nothing."""
-        # In this order: a call that comes between is heard after HELLO, not passed over.
+        """Set a returning browser's cursor; return HELLO, and ALIVE if it is up to date."""
+        # In this order: a call that comes between is sent after HELLO, not skipped.
         end, position = self._log.end, self._log.position
         hello_id, is_complete, browser.cursor = position, True, end
         is_new = browser.since is None
@@ -1796,11 +1812,11 @@ class Hub:
         return frames
 
     def _alive(self, position: CallID) -> bytes:
-        """Return ALIVE for a browser that has heard all calls up to a position."""
+        """Return ALIVE for a browser that has had every call up to a position."""
         return serialize_position("ALIVE", position, self.stream.clock(), self._settings)
 
     def _is_up_to_date(self, browser: Browser, position: CallID) -> bool:
-        """Tell whether a browser whose place is the log's end has heard all up to a position."""
+        """Tell whether a browser whose cursor is at the log's end has had all up to a position."""
         return browser.since is None or (self._log.is_complete and browser.since <= position)
 
     # The Hub's thread: its turns.
@@ -1813,7 +1829,7 @@ class Hub:
         """Serve what is ready, and what is due."""
         ready = self.loop.wait(self._until_deadline())
         self._now = time.monotonic()
-        # First of all, for an arrival may be among those that have something to say.
+        # Before all else, for one that has just arrived may be ready, too.
         self._deliver_and_admit()
         for browser, events in ready:
             self._serve(browser, events)
@@ -1840,11 +1856,11 @@ class Hub:
                 self._receive(browser)
         except Exception:
             self.metrics.drops[DropReason.BUG] += 1
-            log.exception("browser dropped: %s met a bug", browser.visitor.address)
+            log.exception("browser dropped: %s hit a bug", browser.visitor.address)
             self._abort(browser)
 
     def _apply_config(self, config: Config) -> None:
-        """Let a new configuration hold for those who are here."""
+        """Close browsers that a reloaded configuration does not admit; use its settings."""
         self._deliver_and_admit()
         self._settings = describe_settings(config)
         self._ping_deadlines.change_timeout(config.ping_interval, self._now)
@@ -1856,7 +1872,7 @@ class Hub:
                 self._close(browser, CloseCode.POLICY_VIOLATION, "not admitted any more")
 
     def _close_all(self) -> None:
-        """Deliver the last calls, and tell all that we stop."""
+        """Deliver the last calls, and close all with 1001."""
         self._deliver_and_admit()
         # Those who have just arrived lag, for calls that came meanwhile.
         for browser in list(self._lagging):
@@ -1868,7 +1884,7 @@ class Hub:
     # The Hub's thread: calls.
 
     def _deliver_and_admit(self) -> None:
-        """Deliver new calls to those who keep up, and take note of the arrivals."""
+        """Deliver new calls to those who keep up, then let those who have arrived join them."""
         is_called, self._has_new_calls = self._has_new_calls, False
         with self._lock:
             arrivals, self._arrivals = self._arrivals, []
@@ -1936,7 +1952,7 @@ class Hub:
             self._start_lagging(browser)
 
     def _admit(self, browser: Browser) -> None:
-        """Let a browser that has arrived keep up, or begin at its place."""
+        """Put a browser that has arrived into its group."""
         self._ping_deadlines.add(browser, self._now)
         if browser.cursor < self._cursor or browser.since is not None or browser.unsent:
             self._start_lagging(browser)
@@ -1946,7 +1962,7 @@ class Hub:
             self._start_reading(browser)
 
     def _start_lagging(self, browser: Browser) -> None:
-        """Send a browser the rest from its place, when its socket has room."""
+        """From now on, send a browser the log from its cursor when its socket has room."""
         self._keeping_up.discard(browser)
         self._ahead.pop(browser, None)
         if browser not in self._lagging:
@@ -1955,7 +1971,7 @@ class Hub:
         self.loop.change(browser.sock, WRITE, browser)
 
     def _start_keeping_up(self, browser: Browser) -> None:
-        """Send a browser each call as it comes, and listen to it."""
+        """From now on, send a browser each call as it comes, and read from it."""
         browser.since = None
         self._lagging.discard(browser)
         self._keeping_up.add(browser)
@@ -1964,6 +1980,7 @@ class Hub:
             self._send(browser, self._alive(self._position))
 
     def _start_reading(self, browser: Browser) -> None:
+        """Read from a browser, first what came behind its handshake."""
         self._stall_deadlines.discard(browser)
         self.loop.change(browser.sock, READ, browser)
         unread, browser.unread = browser.unread, b""
@@ -1971,7 +1988,7 @@ class Hub:
             self._data_received(browser, unread)
 
     def _send_backlog(self, browser: Browser) -> None:
-        """Send on to a browser whose socket has room: some slices, then it is the others' turn."""
+        """Send a browser whose socket has room some slices; then it is the others' turn."""
         if browser in self._leaving:
             if self._flush(browser):
                 self.loop.change(browser.sock, READ, browser)
@@ -1979,7 +1996,7 @@ class Hub:
             return
         for _ in range(TURN_SLICES):
             if not browser.unsent and not self._load_slice(browser):
-                self._evict(browser, "the next calls for it are forgotten")
+                self._evict(browser, "it fell behind the log")
                 return
             if not self._flush(browser):
                 return
@@ -1994,7 +2011,7 @@ class Hub:
             self._start_reading(browser)
 
     def _flush(self, browser: Browser) -> bool:
-        """Send what is left of the last send; tell whether all of it went."""
+        """Send what is unsent; tell whether all of it went."""
         if browser.unsent:
             try:
                 browser.unsent = browser.unsent[browser.send(browser.unsent) :]
@@ -2008,10 +2025,10 @@ class Hub:
         return not browser.unsent
 
     def _load_slice(self, browser: Browser) -> bool:
-        """Take the next slice of what a browser is owed; False when it is forgotten."""
+        """Make a browser's next slice its unsent bytes; False when the log has forgotten it."""
         if browser.since is not None and not self.stream.may_hold(browser.since):
-            browser.since = BEGINNING  # no call will ever have come up to there
-        # Those who come back together share what is joined for the first of them.
+            browser.since = BEGINNING  # its position will never come: it gets all there is
+        # Those who come back together share the slice that is joined for the first of them.
         key = (browser.cursor, self._cursor, browser.extens, browser.since)
         joined = self._joined.get(key)
         if joined is None:
@@ -2027,7 +2044,7 @@ class Hub:
         browser.unsent = memoryview(frames)
         return True
 
-    # The Hub's thread: what browsers say, or do not say.
+    # The Hub's thread: what browsers send, and whether they answer pings.
 
     def _receive(self, browser: Browser) -> None:
         """Read what a browser sent."""
@@ -2048,7 +2065,7 @@ class Hub:
             self._remove(browser)
 
     def _data_received(self, browser: Browser, data: bytes) -> None:
-        """Let the protocol answer; what a browser says is checked and ignored."""
+        """Let the protocol answer; a browser's messages are checked and ignored."""
         protocol = browser.protocol
         was_closed = protocol.is_closed
         protocol.receive_data(data)
@@ -2065,14 +2082,14 @@ class Hub:
                 self._log_gone(browser, f"closed with {protocol.close_code}")
 
     def _reply(self, browser: Browser, frames: bytes) -> None:
-        """Send control frames, behind what is left of the last send."""
+        """Send control frames, behind what is unsent."""
         if browser.unsent:
             browser.unsent = b"".join((browser.unsent, frames))
         elif frames:
             self._send(browser, frames)
 
     def _ping(self) -> None:
-        """Ping those whose turn it is; who left MAX_UNANSWERED pings unanswered is gone."""
+        """Ping those whose turn it is; reset those that left MAX_UNANSWERED pings unanswered."""
         if self._ping_deadlines.next_deadline() > self._now:
             return
         interval = self._ping_deadlines.timeout
@@ -2099,12 +2116,12 @@ class Hub:
         log.warning("browser dropped: %s %s", browser.visitor.address, text)
 
     def _evict(self, browser: Browser, why: str) -> None:
-        """Give up on a browser that does not keep up; it can come back."""
+        """Close a browser that is too slow with 1008; it can come back."""
         self._log_drop(browser, DropReason.TOO_SLOW, f"is too slow: {why}")
         self._close(browser, CloseCode.POLICY_VIOLATION, "too slow")
 
     def _close(self, browser: Browser, code: CloseCode, reason: str) -> None:
-        """Begin the closing handshake."""
+        """Send Close, and let the browser leave."""
         self._leave(browser)
         browser.protocol.send_close(code, reason)
         self._reply(browser, browser.protocol.data_to_send())
@@ -2126,20 +2143,20 @@ class Hub:
                 browser.sock.shutdown(socket.SHUT_WR)
 
     def _make_room(self) -> None:
-        """Reset those who take their time to leave when others need their places."""
+        """Reset those who are slow to leave when there are too many with those who stay."""
         present = len(self._keeping_up) + len(self._lagging)
         while self._leaving and present + len(self._leaving) > self.max_browsers:
             self._abort(self._leaving.first())
 
     def _lose(self, browser: Browser, error: OSError) -> None:
-        """Give up on a browser whose connection broke."""
+        """Remove a browser whose connection broke."""
         if browser not in self._leaving:
             self._unregister(browser)
             self._log_gone(browser, f"connection lost, {error.strerror}")
         self._abort(browser)
 
     def _abort(self, browser: Browser) -> None:
-        """Reset a browser's connection: the kernel drops at once what nobody takes any more."""
+        """Reset a browser's connection: the kernel drops at once what is unsent."""
         with contextlib.suppress(OSError):
             linger = struct.pack("ii", 1, 0)
             browser.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -2207,9 +2224,9 @@ class Hub:
 
 # --- 7. HTTP -----------------------------------------------------------------------------------
 #
-# RFC 9112 and a trigger's parameters as plain functions: bytes in, and out comes a Request or a
-# RequestError. Limits are in bytes, unless they say otherwise. Other servers allow heads of 8 to
-# 64 KiB; a browser with many cookies sends 4, a dialplan 0.3.
+# RFC 9112 and a trigger's parameters as plain functions, for any thread: bytes in, and out comes a
+# Request or a RequestError. Limits are in bytes, unless they say otherwise. Other servers allow
+# heads of 8 to 64 KiB; a browser with many cookies sends 4, a dialplan 0.3.
 
 MAX_HEAD = 16 * 1024
 MAX_FIELDS = 64
@@ -2244,14 +2261,14 @@ class Request(NamedTuple):
 
 
 def bad_request(reason: str) -> RequestError:
-    """Return the 400 for a request that is not HTTP/1.1 as it should be."""
+    """Return the 400 for a malformed request."""
     return RequestError(HTTPStatus.BAD_REQUEST, reason)
 
 
 def parse_head(head: bytes) -> Request:
     """Return the request whose head this is, without the empty line that ends it.
 
-    Strict where two readers could see two requests: raises RequestError.
+    Strict where two parsers could see two requests (smuggling): raises RequestError.
     """
     first, _, lines = head.decode("latin-1").partition("\r\n")
     matched = REQUEST_LINE.fullmatch(first)
@@ -2389,9 +2406,9 @@ def parse_json(body: bytes) -> list[tuple[str, object]]:
 
 
 def check_parameters(pairs: Iterable[tuple[str, object]]) -> dict[str, str]:
-    """Return a trigger's parameters as the browser gets them, without the token; or a 400.
+    """Return a trigger's parameters as browsers get them, without the token; or raise a 400.
 
-    A parameter given twice is refused: that is how a caller ID looks that brought its own.
+    A parameter given twice is refused: a caller ID may have brought one with it.
     """
     given: dict[str, str] = {}
     for name, value in pairs:
@@ -2409,12 +2426,12 @@ def check_parameters(pairs: Iterable[tuple[str, object]]) -> dict[str, str]:
 
 
 def is_text(value: object) -> bool:
-    """Tell whether a parameter can be one: a number of JSON can, too."""
+    """Tell whether a value can be a parameter's: text, or a number in JSON."""
     return isinstance(value, (str, int)) and not isinstance(value, bool)
 
 
 def check_value(name: str, value: object) -> str:
-    """Return the text of one parameter."""
+    """Return the text of one parameter; raises RequestError (400)."""
     if not is_text(value):
         raise bad_request(f"{quote(name)} is not a text")
     given = str(value)
@@ -2433,6 +2450,10 @@ def check_value(name: str, value: object) -> str:
 #
 # A thread for each port accepts connections, gathers their requests and answers them. It never
 # waits: whoever is slow stands in a queue of bounded size until a deadline. Times are in seconds.
+#
+# A Connection is the port's thread's. What may wait is answered by a request thread, which hands
+# the answer back. A trigger's is answered by whoever puts the call into the log, with Redis often
+# another thread; a browser's is the Hub's from Hub.subscribe() on.
 
 MAX_EXTENS = 100  # that one browser may ask for
 REQUEST_TIMEOUT = 10.0  # from the first byte of a request to its last
@@ -2448,7 +2469,7 @@ QUEUE_SIZES = (512, 512, 64, 256)  # connections that wait for more bytes, see Q
 SWITCHING_PROTOCOLS = (
     "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
 )
-SUBPROTOCOL = "popup-notifier"  # what a page names beside its token
+SUBPROTOCOL = "popup-notifier"  # that a page offers beside its token
 SCRIPT_NAME = "popup-sample.js"
 SCRIPT_FOLDERS = (Path(__file__).resolve().parent, Path("/usr/local/share/popup-notifier"))
 INTERNAL_ERROR = serialize_response(
@@ -2457,16 +2478,16 @@ INTERNAL_ERROR = serialize_response(
 
 
 class Connection:
-    """A peer whose request arrives, or whose answer leaves. Belongs to its Server's thread."""
+    """A peer whose request arrives, or whose answer leaves. Belongs to its port's thread."""
 
     def __init__(self, sock: socket.socket, address: IPAddress, is_tls: bool) -> None:
         self.sock = sock  # non-blocking
         self.address = address  # of the peer, until a trusted proxy says who is behind it
-        self.awaits_client_hello = is_tls  # the first byte of its TLS handshake
+        self.awaits_client_hello = is_tls  # whose first byte shows that it speaks TLS
         self.is_shaking_hands = False
         self.received = bytearray()
         self.request: Request | None = None  # known once its head is here
-        self.route: Route | None = None  # known once it may ask for it
+        self.route: Route | None = None  # known once its address may ask for it
         self.head_size = 0  # bytes, with the empty line
         self.awaits_continue = False  # its body comes when we ask for it
         self.answer = b""  # what is left to send
@@ -2486,7 +2507,7 @@ class Connection:
 
     @property
     def is_closed(self) -> bool:
-        """Tell whether we have hung up, which an event of the same turn does not know."""
+        """Tell whether we have closed it, perhaps since the loop found it ready."""
         return self.sock.fileno() < 0
 
     def feed(self, data: bytes) -> None:
@@ -2513,13 +2534,13 @@ class Connection:
 class Queues(NamedTuple):
     """Where connections wait for the rest of their request, by what their address may do.
 
-    Each kind fills its own queue alone. The longest waiting goes when it is full: whoever is
-    quick never waits long enough to be that one.
+    Each kind can fill only its own queue. A full one ends the connection that has waited longest:
+    whoever is quick is never that one.
     """
 
-    trigger: DeadlineQueue[Connection]
-    browser: DeadlineQueue[Connection]
-    unlisted: DeadlineQueue[Connection]
+    trigger: DeadlineQueue[Connection]  # in TRIGGER_ALLOW
+    browser: DeadlineQueue[Connection]  # in CRMWS_ALLOW
+    unlisted: DeadlineQueue[Connection]  # in neither
     draining: DeadlineQueue[Connection]  # refused ones that may still be sending
 
 
@@ -2527,9 +2548,9 @@ class Server(http.server.ThreadingHTTPServer):
     """Accepts connections, gathers their requests and has them answered, in one thread.
 
     Of ThreadingHTTPServer it uses the listening socket and the request threads, with their hooks
-    (process_request, finish_request, handle_error, shutdown_request). serve_forever is its own:
-    it never blocks. A request is answered from memory as soon as it is whole; whoever is slow
-    waits in a queue of bounded size until a deadline; what may wait for a disk gets a thread.
+    (process_request, finish_request, handle_error, shutdown_request). serve_forever and shutdown
+    are its own. A request is answered as soon as it is whole; a peer that is slow waits in a queue
+    of bounded size until a deadline; an answer that may have to wait gets a thread.
     """
 
     daemon_threads = True
@@ -2561,8 +2582,8 @@ class Server(http.server.ThreadingHTTPServer):
         }
         self._queues = queues
         self._is_stopping = False
-        self._accept_again = math.inf  # when accepting is paused: until then
-        self._next_complaint = 0.0  # monotonic seconds
+        self._accept_again = math.inf  # when a pause of accepting ends; math.inf: there is none
+        self._next_complaint = 0.0  # of descriptors that ran out; monotonic seconds
         self._has_warned_of_proxy = False
         self._free_threads = threading.BoundedSemaphore(MAX_THREADS)
         host = "::" if config.listen is None and socket.has_dualstack_ipv6() else "0.0.0.0"
@@ -2589,7 +2610,7 @@ class Server(http.server.ThreadingHTTPServer):
         return path in self._routes
 
     def serve_forever(self, poll_interval: float = 0) -> None:
-        """Accept and answer until shutdown(). Nothing is polled: that is the parent's."""
+        """Accept and answer until shutdown(). poll_interval is the parent's: nothing is polled."""
         if threading.current_thread() is threading.main_thread():
             self.loop.wake_on_signals()
         while not self._is_stopping:
@@ -2605,7 +2626,7 @@ class Server(http.server.ThreadingHTTPServer):
             self._expire()
 
     def shutdown(self) -> None:
-        """Let serve_forever return. Any thread, and signal handlers; nobody waits."""
+        """Let serve_forever return, without waiting for it. Any thread, and signal handlers."""
         self._is_stopping = True
         self.loop.wake()
 
@@ -2615,7 +2636,7 @@ class Server(http.server.ThreadingHTTPServer):
         return seconds_until(min(*due, self._accept_again, self.refusals.deadline))
 
     def _expire(self) -> None:
-        """Do what is due: end those who were too slow, accept again after a pause, report."""
+        """Do what is due: time out slow peers, accept again after a pause, report refusals."""
         now = time.monotonic()
         self.refusals.report(now)
         for queue in self._queues:
@@ -2626,7 +2647,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.loop.watch(self.socket, READ, self)
 
     def _time_out(self, connection: Connection) -> None:
-        """Tell a peer that was too slow; one that sent nothing is a probe and no news."""
+        """Answer 408 to a peer that was too slow; one that sent nothing was only a probe."""
         is_answered = connection.queue is self._queues.draining or connection.answer
         if is_answered or not connection.received:
             self._hang_up(connection)
@@ -2635,14 +2656,14 @@ class Server(http.server.ThreadingHTTPServer):
             self._refuse(connection, RequestError(HTTPStatus.REQUEST_TIMEOUT, reason))
 
     def _accept(self) -> None:
-        """Accept those who knock and read what they say."""
+        """Accept the connections that wait, and read what they have sent."""
         for _ in range(ACCEPT_BATCH):
             try:
                 sock, peer = self.socket.accept()
             except WOULD_BLOCK:
                 return
             except ConnectionError:
-                continue  # it left before it was let in
+                continue  # it left before it was accepted
             except OSError as error:
                 self._pause_accepting(error)
                 return
@@ -2650,7 +2671,7 @@ class Server(http.server.ThreadingHTTPServer):
             self._read(Connection(sock, peer_address(peer[0]), self.tls is not None))
 
     def _pause_accepting(self, error: OSError) -> None:
-        """Accept nobody for a moment: the listener stays ready, and would keep us spinning."""
+        """Accept nobody for a moment: a listener that stays ready would keep us spinning."""
         now = time.monotonic()
         if now >= self._next_complaint:
             log.error("cannot accept connections: %s", error.strerror)
@@ -2686,7 +2707,7 @@ class Server(http.server.ThreadingHTTPServer):
             except RequestError as error:
                 self._refuse(connection, error)
             except Exception:
-                log.exception("a request from %s met a bug", connection.address)
+                log.exception("a request from %s hit a bug", connection.address)
                 self._reply(connection, INTERNAL_ERROR)
 
     def _advance(self, connection: Connection) -> None:
@@ -2735,7 +2756,7 @@ class Server(http.server.ThreadingHTTPServer):
             connection.queue = None
 
     def _apply_forwarded_for(self, connection: Connection, forwarded: str) -> None:
-        """Find out who is behind a trusted proxy; warn once of one that should be trusted."""
+        """Set the address of the client behind a trusted proxy; warn once of an untrusted one."""
         peer, proxies = connection.address, self.config.trusted_proxies
         connection.address = client_address(peer, forwarded, proxies)
         if peer.is_loopback and not proxies.allows(peer) and not self._has_warned_of_proxy:
@@ -2790,13 +2811,13 @@ class Server(http.server.ThreadingHTTPServer):
             self.loop.call_soon(partial(self._reply, connection, response or b""))
 
     def handle_error(self, request: object, client_address: Any) -> None:
-        """Log a bug, and say so."""
+        """Log a bug, and answer 500."""
         connection: Connection = client_address
-        log.exception("a request from %s met a bug", connection.address)
+        log.exception("a request from %s hit a bug", connection.address)
         self.loop.call_soon(partial(self._reply, connection, INTERNAL_ERROR))
 
     def shutdown_request(self, request: object) -> None:
-        """Let another request have the thread's place; the connection is not closed here."""
+        """Free the slot of a thread that ends; the connection is not closed here."""
         self._free_threads.release()
 
     # Answers.
@@ -2880,7 +2901,7 @@ class RequestHandler:
         self.server.hub.stream.publish(check_parameters(pairs), source, answer)
 
     def check_site(self) -> None:
-        """Refuse what a foreign page had a browser send: its address may be in the list."""
+        """Refuse a trigger that a foreign page had a browser send (CSRF), whatever its address."""
         fields = self.request.fields
         site, origin = fields.get("sec-fetch-site", "none"), fields.get("origin")
         own = [
@@ -2930,7 +2951,7 @@ class RequestHandler:
             raise too_many_browsers(hub)
 
     def handle_health(self) -> bytes:
-        """Say whether calls get through: GET /healthz."""
+        """Say whether every thread is alive, and how Redis and Asterisk are: GET /healthz."""
         hub, stalled = self.server.hub, self.server.supervisor.stalled(HEALTH_TIMEOUT)
         if stalled:
             reason = f"no sign of life from the thread {' and '.join(stalled)}"
@@ -2952,13 +2973,13 @@ class RequestHandler:
         return serialize_response(HTTPStatus.OK, text, fields)
 
     def handle_status(self) -> bytes:
-        """Tell the admin's part of the page how things are: GET /status."""
+        """Return the daemon's state for the admin's part of the desk: GET /status."""
         server = self.server
         status = describe_status(server.hub, server.refusals, server.asterisk)
         return serialize_response(HTTPStatus.OK, json.dumps(status), {"Content-Type": JSON})
 
     def handle_desk(self) -> bytes:
-        """Show an agent the calls, and an admin how things are: GET /."""
+        """Serve the desk, with the admin's part for addresses in TRIGGER_ALLOW: GET /."""
         is_admin = self.server.config.trigger_allow.allows(self.connection.address)
         page = desk_page(is_admin and self.server.has_route("/status"))
         fields = {"Content-Security-Policy": page_policy(page)}
@@ -2977,7 +2998,7 @@ class RequestHandler:
         raise RequestError(HTTPStatus.NOT_FOUND, reason)
 
     def serve(self, content: bytes, kind: str, fields: dict[str, str]) -> bytes:
-        """Return a resource, or that the browser has it already (RFC 9110 section 13.1.2)."""
+        """Return a resource, or 304 if the browser has it (RFC 9110 section 13.1.2)."""
         tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
         fields = {"Content-Type": kind, "Cache-Control": "no-cache", "ETag": tag, **fields}
         if tag in [
@@ -2988,7 +3009,7 @@ class RequestHandler:
 
 
 def too_many_browsers(hub: Hub) -> RequestError:
-    """Return the 503 for a browser too many."""
+    """Return the 503 for a browser over the limit."""
     reason = f"{hub.max_browsers} browsers are connected, no more may be"
     return RequestError(HTTPStatus.SERVICE_UNAVAILABLE, reason, Retry_After="30")
 
@@ -3018,12 +3039,12 @@ def parse_subscription(pairs: Iterable[tuple[str, object]]) -> Subscription:
 
 
 class Route(NamedTuple):
-    """Who may ask for a path how, and what answers."""
+    """Which methods a path takes, who may ask for it, and what answers."""
 
     methods: tuple[str, ...]
     access_list: str  # the field of Config
     handle: Callable[[RequestHandler], bytes | None]
-    is_slow: bool = False  # answered in a thread
+    is_slow: bool = False  # it may wait, so a request thread answers
 
 
 SAFE_METHODS = ("GET", "HEAD")
@@ -3042,11 +3063,12 @@ ROUTES = {
 
 # --- 9. TLS ------------------------------------------------------------------------------------
 #
-# The handshake of CLIENT_PORT goes on as bytes come, in the port's thread.
+# CLIENT_PORT's thread goes on with a handshake as bytes come: it never waits. The main thread
+# loads certificates, at start and at a reload.
 
 
 def make_tls_context(cert_file: Path, key_file: Path) -> ssl.SSLContext:
-    """Return what CLIENT_PORT shows browsers; raises ConfigError saying what is wrong."""
+    """Return the TLS context of CLIENT_PORT; raises ConfigError saying what is wrong."""
     for name, path in (("CERT_FILE", cert_file), ("KEY_FILE", key_file)):
         try:
             path.read_bytes()
@@ -3071,7 +3093,7 @@ TLS_HANDSHAKE = b"\x16"  # the first byte of a TLS connection (RFC 8446 section 
 
 
 def begin_tls(connection: Connection, context: ssl.SSLContext | None) -> None:
-    """Begin a TLS handshake; raises RequestError when the peer does not, one of WOULD_BLOCK."""
+    """Begin a TLS handshake; raises RequestError for plain HTTP, or one of WOULD_BLOCK."""
     first = connection.sock.recv(1, socket.MSG_PEEK)
     if not first:
         raise ConnectionAbortedError
@@ -3087,7 +3109,7 @@ def begin_tls(connection: Connection, context: ssl.SSLContext | None) -> None:
 
 
 def shake_hands(connection: Connection) -> None:
-    """Do what can be done of a TLS handshake now; raises one of WOULD_BLOCK, or SSLError."""
+    """Go on with a TLS handshake; raises one of WOULD_BLOCK until it is done, or SSLError."""
     assert isinstance(connection.sock, ssl.SSLSocket)
     connection.sock.do_handshake()
     connection.is_shaking_hands = False
@@ -3107,26 +3129,28 @@ def tls_refusal(error: ssl.SSLError) -> RequestError:
 
 # --- 10. Redis ---------------------------------------------------------------------------------
 #
-# Several daemons ("nodes") act as one: each call goes into a Redis stream, and every node puts
-# into its log what it reads from there, its own calls too. An ID is a position in that stream.
+# With REDIS_URL several daemons ("nodes") act as one: each call goes into a Redis stream, and each
+# node puts into its log what it reads from there, its own calls too. An ID is that of an entry.
 #
 # 1. A call gets a key at its trigger. Its entry in the stream carries it, and its message does.
 # 2. A node delivers what it reads, in the stream's order and under the stream's ID. An entry whose
-#    key was there before is passed over.
-# 3. A call that has not come back within REDIS_PATIENCE, or while Redis is not up, is delivered
-#    here at once: early, under the ID of the last call that was read, so it moves nobody. When it
-#    comes back it goes into the log for those who come back later.
-# 4. Calls that do not come back are written again, until they are as old as the history.
-# 5. Nothing is missed: a position says what its node had read, and that node's browsers had its
-#    early calls. Some may come again, around an outage: a browser drops a key that it has had.
-# 6. An entry says when its call was triggered, by Redis's clock; ours is compared with nothing.
+#    key it has read before is skipped.
+# 3. No call waits for Redis. One that has not come back within REDIS_PATIENCE, or any while Redis
+#    is away, is delivered early: at once, by its own node alone. It has the ID of the last call
+#    read, so no browser's position moves. Once it is read it goes into the history.
+# 4. Calls that do not come back are written again, until they are as old as the history. Then they
+#    are lost to the other nodes, and counted.
+# 5. No browser misses a call: its position says what its node had read, and it has had that node's
+#    early calls. Around an outage some come twice: it drops a key that it has had.
+# 6. An entry says when its call was triggered, by Redis's clock. Clocks of nodes are not compared.
 #
-# Lost to the other nodes are the calls of a node that dies before Redis is back, and those that
-# wait for longer than HISTORY. If Redis itself forgot entries (no appendonly), its stream is
-# pushed on to where we were, so that IDs never go back. A node that finds the stream empty begins
-# it with an entry that is no call: it says how far back the history goes.
+# Lost to the other nodes, too, are the calls of a node that dies before Redis is back. If Redis
+# itself forgot entries (no appendonly), its stream is moved on to where we were, so IDs never go
+# back. A node that finds the stream empty begins it with an entry that is not a call: it says how
+# far back the history goes.
 #
-# Two threads, each with a link to Redis of its own, wait for it: one reads, one writes.
+# Two threads, each with a link to Redis of its own, wait for it: one reads, one writes. What they
+# share is guarded by RedisStream's lock, and any thread may call its public methods.
 
 REDIS_PATIENCE = 0.1  # seconds that a call may take through Redis before it is delivered here
 REDIS_TIMEOUT = 5.0  # seconds for an answer
@@ -3134,9 +3158,9 @@ REDIS_BLOCK = 2.0  # seconds without a call after which both links show a sign o
 REDIS_DELAYS = (0.1, 5.0)  # seconds between two attempts to connect: the first, the longest
 REDIS_WAITING = 256  # triggers that may wait at a time
 REDIS_BATCH = 100  # calls written or read at a time
-REDIS_START = 1.0  # seconds that the start waits for the history
+REDIS_START = 1.0  # seconds that the start waits for the history, and the end for the last calls
 STREAM_LENGTH = 100_000  # entries kept: five times MAX_HISTORY, some 20 MB
-REDIS_AHEAD = 10.0  # seconds that a browser may be ahead of what its node has read
+REDIS_AHEAD = 10.0  # seconds that a position may be ahead of what this node has read
 REDIS_KEEP = 1.0  # seconds that calls are kept for other nodes, if HISTORY is less
 MAX_TIME = 10**14  # milliseconds since 1970: the year 5138
 MAX_BULK = 1 << 20  # bytes of a string that Redis sends; a call has 200 KiB at most
@@ -3144,7 +3168,7 @@ MAX_ELEMENTS = 1 << 16  # of a list; a batch has hundreds
 MAX_DEPTH = 8  # of lists in lists; XREAD's reply has 5
 MAX_LINE = 16 * 1024  # bytes; it is an error's text at most
 
-MARKER = ("resumed", 1)  # the fields of an entry that is no call
+MARKER = ("resumed", 1)  # the fields of an entry that is not a call
 CALL_KEY = re.compile(r"[!-~]{1,64}")
 
 
@@ -3188,7 +3212,7 @@ def serialize_command(*words: object) -> bytes:
 
 
 class RedisLink:
-    """A connection to Redis. Belongs to one thread, which waits for replies."""
+    """A connection to Redis for one thread, which it blocks; raises OSError, RedisError."""
 
     def __init__(self, url: RedisURL) -> None:
         with contextlib.ExitStack() as stack:
@@ -3218,15 +3242,15 @@ class RedisLink:
         self._sock.sendall(b"".join([serialize_command(*each) for each in commands]))
 
     def answers_within(self, seconds: float) -> bool:
-        """Wait so long for the first reply to what was sent; tell whether it has begun to come."""
+        """Wait for the first reply to what was sent; tell whether it came within `seconds`."""
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
         return bool(poll.poll(seconds * 1000))
 
     def receive(self, count: int, patience: float = 0.0) -> list[Any]:
-        """Return so many replies, `patience` and REDIS_TIMEOUT seconds for each part of them.
+        """Return `count` replies, or raise the first error among them.
 
-        Raises the first error among them.
+        Waits for each part of them REDIS_TIMEOUT seconds longer than `patience`.
         """
         self._sock.settimeout(patience + REDIS_TIMEOUT)
         replies = [read_reply(self._replies) for _ in range(count)]
@@ -3242,7 +3266,7 @@ class RedisLink:
 
 
 def connect(url: RedisURL) -> socket.socket:
-    """Return a socket that leads to Redis."""
+    """Return a socket that is connected to Redis; raises OSError."""
     if isinstance(url.address, str):
         sock = socket.socket(socket.AF_UNIX)
         sock.settimeout(REDIS_TIMEOUT)
@@ -3260,7 +3284,7 @@ def connect(url: RedisURL) -> socket.socket:
 
 @contextlib.contextmanager
 def expecting(what: str) -> Iterator[None]:
-    """Raise ReplyError for a reply that has not the form of what was asked for."""
+    """Raise ReplyError for the errors of reading a reply that has not the right form."""
     try:
         yield
     except (ValueError, TypeError, LookupError, AttributeError) as error:
@@ -3292,7 +3316,7 @@ class Entry(NamedTuple):
 
 
 def parse_entry(position: CallID, words: list[bytes]) -> Entry:
-    """Return an entry of the stream; raises ValueError when it is not one of ours."""
+    """Return an entry of the stream; raises ValueError when it is not a call of ours."""
     named = dict(zip(words[::2], words[1::2]))
     try:
         key, source = (named[name].decode("ascii") for name in (b"key", b"source"))
@@ -3320,7 +3344,7 @@ def parse_stream(reply: Any) -> tuple[CallID, list[Entry]]:
                 if words[:1] != [MARKER[0].encode()]:
                     strange.append(f"{name.decode()}: {error}")
     if strange:
-        log.warning("%d stream entries are no calls, the first is %s", len(strange), strange[0])
+        log.warning("%d stream entries are not calls, the first is %s", len(strange), strange[0])
     return position, entries
 
 
@@ -3329,7 +3353,7 @@ class RedisState(enum.Enum):
 
     UP = "up"
     SLOW = "slow"  # calls are delivered early until one comes back in time
-    AWAY = "away"
+    AWAY = "away"  # not connected, or refused: calls are delivered early
 
 
 class RedisStatus(NamedTuple):
@@ -3337,8 +3361,8 @@ class RedisStatus(NamedTuple):
 
     state: RedisState
     reason: str
-    waiting: int  # calls of ours that are not in the stream
-    lost: int  # calls that will never be there
+    waiting: int  # calls of this node that have not come back through the stream
+    lost: int  # calls of this node that other nodes never get
 
 
 class Pending:
@@ -3366,39 +3390,39 @@ class Pending:
         self.began = time.monotonic()
         self.size = sum(len(name) + len(value) for name, value in parameters.items())
         self.place = 0  # in the log, once it is delivered early
-        self.extens: frozenset[str] | None = None  # who was told then
+        self.extens: frozenset[str] | None = None  # that got it then; None: not delivered
         self.written = -math.inf  # when it was last written into the stream
 
 
 class RedisStream:
-    """The calls of all nodes: as LocalStream. Nobody who publishes waits for Redis."""
+    """The calls of all nodes, with LocalStream's methods. Whoever publishes never waits."""
 
     def __init__(self, url: RedisURL, seconds: float) -> None:
         self.log = Log(seconds, BEGINNING)
         self.log.is_complete = False  # until the stream was read
         self._url = url
         self._start = time.monotonic()
-        self._has_tried = threading.Event()  # to read the history
+        self._has_tried = threading.Event()  # the history was read, or can't be
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)  # _pending is another
+        self._changed = threading.Condition(self._lock)  # _pending has
         # Guarded by the lock.
         self._state, self._reason = RedisState.AWAY, f"connecting to {url}"
         self._broken_links = {"read", "write"}  # links
         self._is_synchronized = False  # it is known where the history begins
         # Milliseconds from our monotonic clock to Redis's; at first, to our own clock.
         self._offset = int((time.time() - self._start) * 1000)
-        self._live_after = BEGINNING  # calls up to here are history, not news
-        self._node, self._number = os.urandom(4).hex(), 0  # of the last key
+        self._live_after = BEGINNING  # calls up to here go into the history, later ones are live
+        self._node, self._number = os.urandom(4).hex(), 0  # make the last key
         self._pending: collections.OrderedDict[str, Pending] = collections.OrderedDict()
         self._pending_size = 0  # characters of what was sent to us
-        self._undelivered: collections.deque[Pending] = collections.deque()  # of these
-        self._keys: collections.OrderedDict[str, None] = collections.OrderedDict()  # were there
+        self._undelivered: collections.deque[Pending] = collections.deque()  # of these: not early
+        self._keys: collections.OrderedDict[str, None] = collections.OrderedDict()  # read
         self._lost = self._reported = 0  # calls that waited for too long
 
     # For other threads.
 
     def start(self, supervisor: Supervisor, deliver: Callable[[], None]) -> None:
-        """Begin; wait a moment for the history, so that those who come back find it."""
+        """Begin, and wait REDIS_START at most for the history: browsers come back at once."""
         self._deliver = deliver
         supervisor.run("redis-read", partial(self._keep_connected, self._read))
         supervisor.run("redis-write", partial(self._keep_connected, self._write))
@@ -3411,7 +3435,7 @@ class RedisStream:
     def publish(
         self, parameters: Mapping[str, str], source: str, answer: Callable[[], None]
     ) -> None:
-        """Let a call go through Redis; `answer` is called when it is in the log."""
+        """Send a call through Redis, if it is up; call `answer` when it is in the log."""
         with self._lock:
             self._number += 1
             pending = Pending(f"{self._node}-{self._number}", parameters, source, answer)
@@ -3426,7 +3450,7 @@ class RedisStream:
             self._deliver_and_answer(done)
 
     def resume(self, since: CallID) -> Resumption:
-        """Return where a browser goes on, which may have heard more than we have read yet."""
+        """Return where a browser goes on; it may have had more than this node has read yet."""
         with self._lock:
             resumption = self.log.resume(since if self.may_hold(since) else BEGINNING)
             early = (each.place for each in self._pending.values() if each.extens is not None)
@@ -3435,7 +3459,7 @@ class RedisStream:
         return Resumption(max(place, self.log.start), resumption.since, is_complete)
 
     def may_hold(self, since: CallID) -> bool:
-        """Tell whether a position is one of this stream, which others may have read further."""
+        """Tell whether a position is one of this stream; other nodes may have read further."""
         # What is far ahead of us is another stream's, or was lost.
         is_near = abs(since.milliseconds - self.clock()) < 1000 * REDIS_AHEAD
         return since <= self.log.position or is_near or not self.log.is_complete
@@ -3456,7 +3480,7 @@ class RedisStream:
         self._deliver_and_answer(done)
 
     def _deliver_and_answer(self, answers: list[Callable[[], None]]) -> None:
-        """Let the log's new calls be delivered, and those who triggered be answered."""
+        """Have the log's new calls delivered, and answer their triggers. Not under the lock."""
         self._deliver()
         for answer in answers:
             answer()
@@ -3464,7 +3488,7 @@ class RedisStream:
     # Either link's thread.
 
     def _keep_connected(self, work: Callable[[RedisLink], None]) -> None:
-        """Do it with one link after the other."""
+        """Do `work` with a link, and with a new one when that breaks."""
         delay, longest = REDIS_DELAYS
         while True:
             began = time.monotonic()
@@ -3479,7 +3503,7 @@ class RedisStream:
             delay = min(2 * delay, longest)
 
     def _link_is_up(self, name: str) -> None:
-        """Take note that a link works."""
+        """Record that a link works; if both do, Redis is up."""
         with self._lock:
             self._broken_links.discard(name)
             if not self._broken_links and self._state is RedisState.AWAY:
@@ -3489,12 +3513,12 @@ class RedisStream:
                     log.warning("%d calls did not reach the other nodes", lost)
 
     def _end_slowness(self) -> None:
-        """Take note, under the lock, that Redis has caught up."""
+        """Record that Redis has caught up. Under the lock."""
         if self._state is RedisState.SLOW:
             self._set_state(RedisState.UP, f"calls are shared by {self._url} again")
 
     def _link_broke(self, error: Exception) -> None:
-        """Take note of why a link broke, and log it when that is news to an admin."""
+        """Record why a link broke, log it unless it is known, and deliver what waits early."""
         is_refusal = isinstance(error, RedisError) and not str(error).startswith("LOADING")
         verb = "refuses" if isinstance(error, RedisError) else "cannot be reached"
         if isinstance(error, ReplyError):
@@ -3519,7 +3543,7 @@ class RedisStream:
     # The thread that reads.
 
     def _read(self, link: RedisLink) -> None:
-        """Take in what was missed, then what comes; look at the stream again when nothing does."""
+        """Read what was missed, then what comes; check the stream again when nothing does."""
         head = ("XREAD", "COUNT", REDIS_BATCH, "BLOCK")
         position, block = self._check_stream(link), 1  # milliseconds: at first, take what is there
         while True:
@@ -3538,7 +3562,7 @@ class RedisStream:
                 self._has_tried.set()
 
     def _check_stream(self, link: RedisLink) -> CallID:
-        """Find out which entries there are; return where to read on."""
+        """Find out where the stream begins and ends; return where to read on."""
         stream, position = self._url.stream, self.log.position
         clock, newest, oldest = link.ask(
             ("TIME",),
@@ -3564,11 +3588,11 @@ class RedisStream:
             return self._live_after
 
     def _history_start(self, now: int) -> CallID:
-        """Return the position before which calls are no news to anybody."""
+        """Return the position where the history begins."""
         return CallID(max(now - int(self._retention() * 1000), 0), 0)
 
     def _synchronize(self, now: int, first: CallID, last: CallID) -> CallID:
-        """Take note of a stream that begins and ends there; return where to read on."""
+        """Record where the stream begins and ends; return where to read on."""
         with self._lock:
             now = max(now, last.milliseconds)  # the clock was set back, or is another machine's
             age = int((time.monotonic() - self._start) * 1000)
@@ -3583,7 +3607,7 @@ class RedisStream:
             return position
 
     def _receive(self, position: CallID, entries: Iterable[Entry]) -> None:
-        """Take in what stands in the stream up to a position."""
+        """Put the stream's next entries into the log; they end at `position`."""
         done: list[Callable[[], None]] = []
         with self._lock:
             for entry in entries:
@@ -3595,7 +3619,7 @@ class RedisStream:
         self._deliver_and_answer(done)
 
     def _receive_entry(self, entry: Entry) -> list[Callable[[], None]]:
-        """Put a call of the stream into the log; return the answer to who triggered it here."""
+        """Put a call of the stream into the log; return the answer to a trigger that waits."""
         pending = self._pending.pop(entry.key, None)
         self._pending_size -= pending.size if pending else 0
         if not self._add_key(entry.key):
@@ -3603,7 +3627,9 @@ class RedisStream:
         delay = max(self.clock() - entry.time, 0) / 1000
         began = pending.began if pending else time.monotonic() - delay
         trigger = Trigger(entry.key, entry.time, entry.parameters, entry.source, began)
-        position = max(entry.position, self.log.position)  # behind, when read once more
+        position = max(
+            entry.position, self.log.position
+        )  # an old entry, read again, does not move it back
         if pending is None:
             self.log.append(position, trigger, is_history=entry.position <= self._live_after)
             return []
@@ -3636,7 +3662,7 @@ class RedisStream:
             self._link_is_up("write")
 
     def _set_clock(self, now: int) -> None:
-        """Take note of Redis's time as it is just now; its stream may be ahead."""
+        """Set our clock by Redis's, in milliseconds since 1970; its stream may be ahead."""
         with self._lock:
             now = max(now, self.log.position.milliseconds)
             self._offset = now - int(time.monotonic() * 1000)
@@ -3644,7 +3670,7 @@ class RedisStream:
                 self._end_slowness()
 
     def _next_batch(self, seconds: float) -> list[tuple[object, ...]]:
-        """Return the fields of calls to put into the stream now; of none after some seconds."""
+        """Wait for calls to put into the stream, `seconds` at most; return their fields."""
         deadline = time.monotonic() + seconds
         while True:
             self._begin_slowness(REDIS_PATIENCE)
@@ -3660,7 +3686,7 @@ class RedisStream:
                 self._changed.wait(max(until - now, 0))
 
     def _begin_slowness(self, patience: float = 0.0) -> None:
-        """Deliver early what has waited for so long, and all from now on: Redis is slow."""
+        """Deliver early what has waited for `patience` seconds, and all from now on."""
         with self._lock:
             done = self._deliver_early(time.monotonic() - patience)
             if (done or not patience) and self._state is RedisState.UP:
@@ -3673,13 +3699,13 @@ class RedisStream:
     # Under the lock: calls that have not come back.
 
     def _due(self) -> list[Pending]:
-        """Return calls that were not written, or have not come back since."""
+        """Return calls that are not written, or have not come back within REDIS_TIMEOUT."""
         before = time.monotonic() - REDIS_TIMEOUT
         due = (each for each in self._pending.values() if each.written < before)
         return list(itertools.islice(due, REDIS_BATCH))
 
     def _entry_fields(self, pending: Pending) -> tuple[object, ...]:
-        """Return the fields of a call's entry, and take note that it is written."""
+        """Return the fields of a call's entry, and record that it is written now."""
         pending.written = time.monotonic()
         text = json.dumps(pending.parameters, ensure_ascii=False, separators=(",", ":"))
         call = ("source", pending.source, "parameters", text)
@@ -3689,13 +3715,13 @@ class RedisStream:
         return max(self._offset + int(pending.began * 1000), 0)
 
     def _mark_unwritten(self) -> None:
-        """Take note that what was written may not have arrived."""
+        """Have all calls written again: what was written may not have arrived."""
         for pending in self._pending.values():
             pending.written = -math.inf
         self._changed.notify_all()
 
     def _deliver_early(self, until: float) -> list[Callable[[], None]]:
-        """Put into the log what was triggered up to then and has not come back; return answers."""
+        """Deliver early what was triggered up to then (monotonic seconds); return the answers."""
         answers = []
         while self._undelivered and self._undelivered[0].began <= until:
             pending = self._undelivered.popleft()
@@ -3707,11 +3733,11 @@ class RedisStream:
         return answers
 
     def _retention(self) -> float:
-        """Return the seconds after which a call is no news to anybody."""
+        """Return the seconds that calls are kept for other nodes and returning browsers."""
         return max(self.log.seconds, REDIS_KEEP)
 
     def _expire_pending(self) -> None:
-        """Forget the calls that waited for too long."""
+        """Drop calls that waited for too long to get into the stream, and count them as lost."""
         oldest = time.monotonic() - self._retention()
         while self._pending:
             pending = next(iter(self._pending.values()))
@@ -3724,7 +3750,7 @@ class RedisStream:
             self._lost += 1
 
     def _add_key(self, key: str) -> bool:
-        """Take note of a key; tell whether it is new."""
+        """Record a key; tell whether it is new."""
         is_new = key not in self._keys
         self._keys[key] = None
         if len(self._keys) > MAX_HISTORY:
@@ -3737,19 +3763,21 @@ Stream = Union[LocalStream, RedisStream]
 
 # --- 11. Asterisk ------------------------------------------------------------------------------
 #
-# With AMI_URL the daemon follows the events of Asterisk's manager interface.
+# With AMI_URL a thread of its own follows the events of Asterisk's manager interface. Others may
+# call Asterisk.status() alone.
 #
 # 1. A PBX has channels, and bridges that connect them. A Local channel is two channels that pass
 #    everything on to each other. The name of a phone's channel says which phone it is.
-# 2. A call from outside begins with a channel of a trunk that comes in and is the first of its
-#    linkedid. It ends with that channel, wherever it was transferred to meanwhile.
-# 3. It rings at a phone that is dialled for it. A phone has it when it is the only one that
-#    bridges connect with the caller. That somebody answered says less: it may be a voicemail, a
-#    phone that has yet to confirm, or the member of a queue who was too late.
-# 4. No event says whether a number is withheld: Asterisk is asked as the call comes in, and all
-#    waits for the answer, AMI_PATIENCE seconds at most.
-# 5. A list of all channels, when the connection begins and every AMI_PERIOD, says what is left.
-#    While the connection is lost calls go on; those that the next list lacks are over, which
+# 2. An incoming call begins with a channel of a trunk, as AMI_TRUNKS names it (see Channel), that
+#    comes in and is the first of its linkedid. It ends with that channel, wherever it was
+#    transferred to meanwhile. Other calls are not shown.
+# 3. It rings at a phone that is dialled for it. A phone has answered it when it is the only one
+#    that bridges connect with the caller. Asterisk's own answer says less: it may be a voicemail,
+#    a phone that has yet to confirm, or the member of a queue who was too late.
+# 4. No event says whether a number is withheld: Asterisk is asked as the call comes in, and other
+#    events wait for the answer, AMI_PATIENCE seconds at most.
+# 5. A list of all channels, when the connection begins and every AMI_PERIOD, says which are left.
+#    While the connection is lost, calls go on; those that the next list lacks are over, which
 #    after a restart of Asterisk are all.
 # 6. A caller's number may hold line ends, and Asterisk sends them as they are: a stranger can
 #    forge events. So an event must name a channel and its uniqueid as they belong together, which
@@ -3757,40 +3785,38 @@ Stream = Union[LocalStream, RedisStream]
 
 AMI_TIMEOUT = 5.0  # seconds to connect and to log in
 AMI_PERIOD = 30.0  # seconds between two lists of all channels, which show that the link works, too
-AMI_PATIENCE = (
-    0.5  # seconds that a call may wait until Asterisk says whether its number is withheld
-)
+AMI_PATIENCE = 0.5  # seconds that Asterisk has to say whether a number is withheld
 AMI_DELAYS = (0.5, 30.0)  # seconds between two attempts to connect: the first, the longest
 MAX_CHANNELS = 10_000  # followed at a time; a PBX of 1,000 phones has some 2,000 when all talk
 MAX_MESSAGE_FIELDS = 100  # of a message from Asterisk; the longest have 45
 
 PHONE_CHANNEL = re.compile(r"(PJSIP|SIP|IAX2|DAHDI)/([^/]+)(?:/.+)?-[0-9a-f]+", re.IGNORECASE)
 LOCAL_CHANNEL = re.compile(r"(Local/.+);[12]", re.IGNORECASE)
-ESCAPED = re.compile(r"\\(.)")  # as Asterisk writes quotes and control characters in names
-CHANNEL_DOWN, CHANNEL_RINGING = "0", "5"  # ChannelState: of one that Asterisk makes; it rings
+ESCAPED = re.compile(r"\\(.)")  # how Asterisk writes quotes and control characters in names
+CHANNEL_DOWN, CHANNEL_RINGING = "0", "5"  # values of ChannelState; down: Asterisk makes it itself
 # FreePBX allows every number to be shown, and keeps in the second what it was before.
 PRESENTATION = ("CALLERID(pres)", "CALLINGNUMPRES_SV")
 # What an account may lack, and what follows from that.
 RIGHTS = {
-    "events": "nobody is told of calls; give it read = call in manager.conf",
+    "events": "no calls are shown; give it read = call in manager.conf",
     "Getvar": "withheld numbers are shown; give it write = reporting in manager.conf",
     "CoreShowChannels": "a broken link ends all calls; give it write = reporting in manager.conf",
 }
 
 
 def caller_number(text: str) -> str:
-    """Return a caller ID as a trigger has it: digits, or what stands in their place."""
+    """Return a caller's number for a trigger: its digits, or the text in their place."""
     return re.sub(r"[^0-9+]", "", text) or text.replace("<unknown>", "") or "anonymous"
 
 
 def caller_name(text: str) -> str:
-    """Return the name that a manager event gives."""
+    """Return a caller's name as it was before Asterisk escaped it for an event."""
     plain = ESCAPED.sub(lambda match: match[1] if match[1] in "\\\"'?" else " ", text)
     return plain.replace("<unknown>", "").strip()
 
 
 class ManagerParser:
-    """Makes messages of what Asterisk sends: lines such as `Event: Hangup`, and an empty one."""
+    """Parses what Asterisk sends: messages of lines such as `Event: Hangup`, and an empty one."""
 
     def __init__(self) -> None:
         self._rest = b""  # the beginning of a line
@@ -3812,41 +3838,41 @@ class ManagerParser:
 
 
 class Channel:
-    """A channel of the PBX."""
+    """A channel of the PBX. Its name says whose it is: a phone's, or a trunk's (AMI_TRUNKS)."""
 
     def __init__(self, uniqueid: str, name: str, trunks: Trunks) -> None:
         self.uniqueid = uniqueid
         self.name = name
-        self.bridge = ""  # that it is in
+        self.bridge = ""  # the ID of the bridge that it is in
         local = LOCAL_CHANNEL.fullmatch(name)
         self.pair = local[1] if local else ""  # what both halves of a Local channel are called
         phone = PHONE_CHANNEL.fullmatch(name)
         technology, line = phone.groups() if phone else ("", "")
-        self.exten = line  # empty: not a phone, and not a line to the outside either
+        self.exten = line  # of the phone, or the trunk's name; empty: neither
         self.is_trunk = not trunks.isdisjoint((line.lower(), f"{technology}/{line}".lower()))
         self.rings_for: IncomingCall | None = None
 
 
 class IncomingCall:
-    """A call from outside."""
+    """A call that came in by a trunk."""
 
     def __init__(self, uniqueid: str, is_withheld: bool) -> None:
         self.uniqueid = uniqueid  # of the caller's channel
-        self.linkedid = uniqueid  # that it has now
+        self.linkedid = uniqueid  # a transfer may change it
         self.is_withheld = is_withheld
         self.number = self.name = self.did = ""
-        self.is_notified = False  # somebody may have it on the screen
-        self.exten = ""  # of the phone that has it
+        self.is_notified = False  # browsers may show it
+        self.exten = ""  # of the phone that answered it
 
     def describe(self, event: Mapping[str, str]) -> None:
-        """Take over what an event says of the caller: the dialplan may have looked up a name."""
+        """Update the caller from an event: the dialplan may have looked up a name."""
         self.number = event.get("CallerIDNum", self.number)
         self.name = event.get("CallerIDName", self.name)
         self.linkedid = event.get("Linkedid", self.linkedid)
 
     def trigger(self, event: str, exten: str) -> dict[str, str]:
-        """Return the parameters that tell of it."""
-        told = {
+        """Return the parameters of the trigger for one of its events."""
+        parameters = {
             "phone": "anonymous" if self.is_withheld else caller_number(self.number),
             "exten": exten,
             "event": event,
@@ -3854,29 +3880,29 @@ class IncomingCall:
             "name": "" if self.is_withheld else caller_name(self.name),
             "did": self.did,
         }
-        return {name: value for name, value in told.items() if value}
+        return {name: value for name, value in parameters.items() if value}
 
 
 class Switchboard:
-    """Follows the channels of a PBX, and says what there is to tell of calls from outside.
+    """Follows the channels of a PBX, and makes triggers of its incoming calls.
 
-    It has neither connection nor clock: events go in, the parameters of triggers come out. Whether
-    the caller of a channel withholds the number is for `is_withheld` to say.
+    It has neither connection nor clock: events go in, the parameters of triggers come out. Calls
+    `is_withheld` with a channel's name to learn whether its caller withholds the number.
     """
 
     def __init__(self, trunks: Trunks, is_withheld: Callable[[str], bool]) -> None:
-        self.lacks_events = False  # there are new channels, but no events that tell of them
+        self.lacks_events = False  # there are new channels, but no events announce them
         self._trunks = trunks
         self._is_withheld = is_withheld
         self._channels: dict[str, Channel] = {}  # by uniqueid, the oldest first
-        self._groups: dict[str, set[Channel]] = {}  # who is in a bridge, or is a Local channel
+        self._groups: dict[str, set[Channel]] = {}  # by bridge, or by pair: they hear each other
         self._calls: dict[str, IncomingCall] = {}  # by the uniqueid of the caller's channel
         self._listed: dict[str, Mapping[str, str]] = {}  # of the list that is coming
         self._unannounced_lists = -1  # that brought new channels; -1: none came
         self._triggers: list[dict[str, str]] = []
 
     def receive_event(self, event: Mapping[str, str]) -> list[dict[str, str]]:
-        """Return what there is to tell after an event."""
+        """Return the parameters of the triggers that follow from an event."""
         kind = event.get("Event")
         channel, phone = self._find_channel(event), self._find_channel(event, "Dest")
         call = self._calls.get(channel.uniqueid) if channel is not None else None
@@ -3905,7 +3931,7 @@ class Switchboard:
         return triggers
 
     def disconnect(self) -> None:
-        """Take note that the connection is lost: what channels there are, the next list says."""
+        """Forget the channels, for the connection is lost: the next list says which are left."""
         for known in (self._channels, self._groups, self._listed):
             known.clear()
         self.lacks_events, self._unannounced_lists = False, -1
@@ -3957,7 +3983,7 @@ class Switchboard:
             self._end_call(self._calls[channel.uniqueid])
 
     def _end_call(self, call: IncomingCall) -> None:
-        """Tell those who heard of a call that it is over, and forget it."""
+        """Notify those who may show a call that it is over, and forget it."""
         if call.is_notified:
             self._notify(call, "end", call.exten)
         del self._calls[call.uniqueid]
@@ -3969,14 +3995,14 @@ class Switchboard:
             self._groups.pop(name, None)
 
     def _set_bridge(self, channel: Channel, bridge: str) -> None:
-        """Note the bridge that a channel is in now; empty: none."""
+        """Record the bridge that a channel is in now; empty: none."""
         self._leave_group(channel, channel.bridge)
         channel.bridge = bridge
         if bridge:
             self._groups.setdefault(bridge, set()).add(channel)
 
     def _change_bridge(self, channel: Channel, bridge: str) -> None:
-        """Place a channel, and look who talks to whom now, also among those it has left."""
+        """Set a channel's bridge, and notify who has answered now, there or in the one it left."""
         left = channel.bridge
         self._set_bridge(channel, bridge)
         for each in (*itertools.islice(self._groups.get(left, ()), 1), channel):
@@ -3996,23 +4022,23 @@ class Switchboard:
         phones = {each.exten for each in others if not each.is_trunk}
         extens = phones or {each.exten for each in others}
         for call in calls if len(extens) == 1 else ():
-            # Who was sent out again, to a mobile phone, is gone from the screens that have it.
+            # A caller who was sent out again, to a mobile phone, is taken from the screens, too.
             if call.exten not in extens and (phones or call.is_notified):
                 (call.exten,) = extens
                 self._notify(call, "answer", call.exten)
 
     def _ring(self, call: IncomingCall | None, phone: Channel) -> None:
-        """Tell that a phone rings: once, though each of its contacts has a channel."""
+        """Notify that a phone rings: once, though each of its contacts has a channel."""
         if call is None or phone.is_trunk or not phone.exten:
             return
         ringing = [each for each in self._channels.values() if each.rings_for is call]
         phone.rings_for = call
         if phone.exten not in {each.exten for each in ringing}:
-            call.exten = ""  # whoever gets it now is told, if it is the same phone again, too
+            call.exten = ""  # the next answer is notified, even if it is the same phone's again
             self._notify(call, "ring", phone.exten)
 
     def _apply_list(self) -> None:
-        """Let go what the list of all channels lacks, and take in what it has more."""
+        """Remove channels that the list of all lacks, and add those that are new in it."""
         listed, self._listed = self._listed, {}
         for channel in [each for key, each in self._channels.items() if key not in listed]:
             self._remove_channel(channel)
@@ -4025,10 +4051,10 @@ class Switchboard:
             self._set_bridge(channel, event.get("BridgeId", ""))
         for channel, _ in missed:
             self._notify_answers(channel)
-        # Who has a call that began before we listened was told, perhaps, by the daemon that ran
-        # then. That is not told again; what changes and the end are.
+        # Answers of calls that began before we were connected may have been notified by the
+        # daemon that ran then. They are not notified again; changes and the end are.
         older = self._calls.keys() - known
-        self._triggers = [told for told in self._triggers if told["uniqueid"] not in older]
+        self._triggers = [each for each in self._triggers if each["uniqueid"] not in older]
         for uniqueid in older:
             self._calls[uniqueid].is_notified = True
         for channel, event in missed:
@@ -4076,7 +4102,7 @@ class ManagerLink:
         return action_id
 
     def answers(self, action_ids: list[str], seconds: float) -> list[dict[str, str]]:
-        """Return the answers to actions; some are missing when they don't come in time."""
+        """Return the answers to actions that come within `seconds`, in any order."""
         found: list[dict[str, str]] = []
         deadline = time.monotonic() + seconds
         while len(found) < len(action_ids) and time.monotonic() < deadline:
@@ -4086,7 +4112,7 @@ class ManagerLink:
         return found
 
     def receive(self, seconds: float) -> list[dict[str, str]]:
-        """Return the messages that come next; none when nothing comes for so long."""
+        """Return the next messages; none when nothing comes within `seconds`."""
         kept, self._unread = self._unread, []
         return kept or self._read(seconds)
 
@@ -4116,16 +4142,16 @@ class AsteriskStatus(NamedTuple):
     is_up: bool
     since: float  # seconds since 1970
     reason: str
-    events: int  # that came
-    calls: int  # rings, answers and ends that were told
+    events: int  # received
+    calls: int  # triggers: rings, answers and ends
 
     def __str__(self) -> str:
         state = f"Asterisk {'up' if self.is_up else 'away'} since {local_time(int(self.since))}"
-        return f"{state}: {self.reason}, {self.events} events, {self.calls} calls told"
+        return f"{state}: {self.reason}, {self.events} events, {self.calls} triggers"
 
 
 class Asterisk:
-    """Publishes the calls of a PBX. All but status() belongs to its thread."""
+    """Publishes the calls of a PBX. Belongs to its thread, but for status()."""
 
     def __init__(self, url: ManagerURL, trunks: Trunks, stream: Stream) -> None:
         self._url = url
@@ -4135,14 +4161,14 @@ class Asterisk:
         self._has_tried = False
         self._link: ManagerLink | None = None
         self._list_id = ""  # of the action whose answer shows that the link works
-        self._refused: set[str] = set()  # rights that are missing, as the log has told
+        self._refused: set[str] = set()  # rights whose lack is logged
 
     def status(self) -> AsteriskStatus:
         """Return how the link is. Any thread."""
         return self._status
 
     def run(self) -> None:
-        """Follow one connection after the other."""
+        """Follow a connection, and a new one when that breaks."""
         shortest, longest = AMI_DELAYS
         delay = shortest
         while True:
@@ -4165,7 +4191,7 @@ class Asterisk:
         log.log(level, "Asterisk is %s: %s", "up" if is_up else "away", reason)
 
     def _disconnected(self, error: Exception) -> None:
-        """Take note that there is no link; log why when it is news to an admin."""
+        """Record why there is no link, and log it unless it is known."""
         self._board.disconnect()
         reason = str(error)
         if isinstance(error, OSError):
@@ -4176,7 +4202,7 @@ class Asterisk:
         self._has_tried = True
 
     def _follow(self, link: ManagerLink) -> None:
-        """Take in what comes, until the link breaks or Asterisk is silent."""
+        """Process what comes; raises OSError when the link breaks or Asterisk is silent."""
         self._set_status(True, f"logged in as {self._url}")
         self._refused.clear()
         self._list_id, due = "", time.monotonic()
@@ -4191,7 +4217,7 @@ class Asterisk:
                 self._receive(message)
 
     def _receive(self, message: Mapping[str, str]) -> None:
-        """Take in an event, or what answers the last list."""
+        """Process an event, or an answer to the last request for a list."""
         is_list = bool(self._list_id) and message.get("ActionID") == self._list_id
         kind = message.get("Event", "")
         if is_list and message.get("Message") == "Permission denied":
@@ -4228,7 +4254,7 @@ class Asterisk:
         try:
             checked = check_parameters(parameters.items())
         except RequestError as error:
-            log.warning("Asterisk told of a call that cannot be: %s", error)
+            log.warning("Asterisk reported a call that is not accepted: %s", error)
         else:
             self._status = self._status._replace(calls=self._status.calls + 1)
             self._stream.publish(checked, "asterisk", lambda: None)
@@ -4236,17 +4262,17 @@ class Asterisk:
 
 # --- 12. Monitoring ----------------------------------------------------------------------------
 #
-# How the daemon is: for Prometheus, for whoever reads the log, and for systemd. RefusalLog and
-# Supervisor may be used by any thread; the Hub's alone counts in HubMetrics.
+# How the daemon is: for Prometheus, for whoever reads the log, and for systemd. Any thread may use
+# RefusalLog and Supervisor; only the Hub's counts in HubMetrics.
 
-HEALTH_TIMEOUT = 2.0  # seconds that each thread has to show that it turns
-# Seconds. Of the refusals of an address with a status in such a period the first REPORT_LINES
-# are logged, the others summed up at its end, or when there are REPORT_PAIRS of such pairs.
+HEALTH_TIMEOUT = 2.0  # seconds that each thread has to give a sign of life
+# Refusals are counted by address and status. In each period (seconds) the first REPORT_LINES of a
+# pair are logged, the others summed up at its end, or when there are REPORT_PAIRS pairs.
 REPORT_PERIOD = 60.0
 REPORT_LINES = 3
 REPORT_PAIRS = 1000
-LATEST = 20  # refusals that are kept to be shown
-SHOWN_BROWSERS = 500  # at most
+LATEST = 20  # refusals that /status shows
+SHOWN_BROWSERS = 500  # browsers that /status shows, at most
 DELIVERY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)  # seconds
 STATUS_INTERVAL = 10.0  # seconds between two status lines to systemd
 
@@ -4271,7 +4297,7 @@ class HubMetrics:
 
 
 class RefusalLog:
-    """Logs who was refused why. What repeats is summed up: a scan must not fill the disk."""
+    """Logs who was refused, and why. Repetitions are summed up: a scan must not fill the disk."""
 
     def __init__(self) -> None:
         self.totals: collections.Counter[int] = collections.Counter()  # by status
@@ -4281,7 +4307,7 @@ class RefusalLog:
         self.deadline = math.inf  # when to report, monotonic seconds
 
     def add(self, address: IPAddress, error: RequestError) -> None:
-        """Log a refusal, or count it when its like were logged just before. Any thread."""
+        """Log a refusal, or only count it when its like were just logged. Any thread."""
         key = (str(address), error.status.value)
         fact = {"time": int(time.time() * 1000), "address": key[0], "status": key[1]}
         with self._lock:
@@ -4339,7 +4365,7 @@ def metrics_lines(hub: Hub, refusals: RefusalLog, asterisk: Asterisk | None) -> 
     yield from metric("browsers", "gauge", "Browsers connected now.", ("", hub.count()))
     yield from metric("calls_total", "counter", "Calls broadcast.", ("", counted.calls))
     yield from metric(
-        "deliveries_total", "counter", "Calls times browsers.", ("", counted.deliveries)
+        "deliveries_total", "counter", "Calls sent, counted per browser.", ("", counted.deliveries)
     )
     yield from metric("dropped_browsers_total", "counter", "Connections we ended.", *drops)
     yield from metric("refused_requests_total", "counter", "Requests refused.", *refused)
@@ -4348,25 +4374,25 @@ def metrics_lines(hub: Hub, refusals: RefusalLog, asterisk: Asterisk | None) -> 
     redis = hub.stream.status()
     if redis is not None:
         states = [(f'{{state="{each.value}"}}', float(each is redis.state)) for each in RedisState]
-        yield from metric("redis", "gauge", "How Redis is: 1 for what holds.", *states)
+        yield from metric("redis", "gauge", "1 for the state that Redis is in.", *states)
         text = "Calls triggered here that are not in the stream yet."
         yield from metric("redis_waiting_calls", "gauge", text, ("", redis.waiting))
-        yield from metric(
-            "redis_lost_calls_total", "counter", "Never got there.", ("", redis.lost)
-        )
+        yield from metric("redis_lost_calls_total", "counter", "Calls given up.", ("", redis.lost))
     if asterisk is not None:
         link = asterisk.status()
         states = [('{state="up"}', int(link.is_up)), ('{state="away"}', int(not link.is_up))]
-        yield from metric("asterisk", "gauge", "How Asterisk is: 1 for what holds.", *states)
-        yield from metric("asterisk_events_total", "counter", "It sent.", ("", link.events))
-        text = "Rings, answers and ends that it told of."
+        yield from metric("asterisk", "gauge", "1 for the state of the link to Asterisk.", *states)
+        yield from metric(
+            "asterisk_events_total", "counter", "Events received.", ("", link.events)
+        )
+        text = "Rings, answers and ends triggered by Asterisk."
         yield from metric("asterisk_calls_total", "counter", text, ("", link.calls))
 
 
 def describe_status(
     hub: Hub, refusals: RefusalLog, asterisk: Asterisk | None
 ) -> dict[str, object]:
-    """Return how the daemon is, for an admin who looks at its page."""
+    """Return what /status says, as JSON: how the daemon is, for the admin's part of the desk."""
     redis = hub.stream.status()
     browsers = [
         {
@@ -4396,7 +4422,7 @@ def uptime() -> float:
 
 
 class Supervisor:
-    """Runs the daemon's threads: one that ends by a bug ends the daemon, and none hangs unseen."""
+    """Runs the daemon's threads: one that fails ends the daemon, and none hangs unseen."""
 
     def __init__(self, on_failure: Callable[[], None]) -> None:
         self.has_failed = False
@@ -4461,8 +4487,8 @@ class ServiceManager:
 # --- 13. The desk ------------------------------------------------------------------------------
 #
 # GET / for an agent whose CRM can't be edited: a row for each call of today, drawn from the plain
-# data of popup-sample.js; and below, for the admin, how the daemon is. The page stands in here
-# because one file is copied to the server.
+# data of popup-sample.js, which decides a call's state; and below, for the admin, how the daemon
+# is. The page is in here because one file is copied to the server.
 
 ADMIN_PART = re.compile(r"<!-- admin -->.*?<!-- /admin -->\n", re.DOTALL)
 DESK_PAGE = r"""<!doctype html>
@@ -4803,6 +4829,9 @@ def page_policy(page: str) -> str:
 
 
 # --- 14. Command line --------------------------------------------------------------------------
+#
+# What main() needs: the log, limits, and Daemon, which starts, reloads and stops everything in the
+# main thread. The log never blocks; only stop() is for other threads and signal handlers.
 
 STDERR = 2
 SERVICE_USER = "popup-notifier"  # of popup-notifier.service
@@ -4820,7 +4849,7 @@ JOURNAL_PRIORITIES = {
 
 
 class JournalFormatter(logging.Formatter):
-    """Begins every line with its priority as in sd-daemon(3); the journal knows the time."""
+    """Begins every line with its priority, see sd-daemon(3); the journal adds the time."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a record's lines, a traceback's too."""
@@ -4881,14 +4910,14 @@ def fill_standard_descriptors() -> None:
 
 
 def set_up_log() -> None:
-    """Log to standard error: with the time for a terminal or a file, for the journal without."""
+    """Log to standard error, with the time unless it is the journal."""
     handler = LogHandler()
     is_for_journal = is_journal(STDERR)
     handler.setFormatter(JournalFormatter() if is_for_journal else TimeFormatter())
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
-    # What the lines do not show need not be found out: halves the cost of a line.
+    # Not to look up what no line shows halves the cost of a line.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None  # as the logging manual has it
 
@@ -4924,7 +4953,7 @@ def make_queues(sizes: list[int]) -> Queues:
 
 
 def bound_browsers(wanted: int, limit: int, waiting: int) -> int:
-    """Return how many browsers there may be beside those that wait, and warn if it is fewer."""
+    """Return how many browsers a limit of open files allows; warn if they are not `wanted`."""
     allowed = max(limit - BASE_FILES - waiting, 1)
     if allowed < wanted:
         log.warning(
@@ -4967,7 +4996,7 @@ def load_tls(config: Config) -> ssl.SSLContext | None:
 
 
 class Daemon:
-    """All that runs: the stream of calls, the hub, a server for each port, and their watch."""
+    """All that runs: the stream of calls, the Hub, a Server for each port, their Supervisor."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -4979,9 +5008,9 @@ class Daemon:
         if self.config.client_port is not None:
             ports.append((self.config.client_port, tls))
         self.file_limit = raise_file_limit()
-        self.sizes = queue_sizes(self.file_limit, len(ports))
-        self.waiting = sum(self.sizes) * len(ports)
-        max_browsers = bound_browsers(self.config.max_browsers, self.file_limit, self.waiting)
+        self.queue_sizes = queue_sizes(self.file_limit, len(ports))
+        self.max_waiting = sum(self.queue_sizes) * len(ports)
+        max_browsers = bound_browsers(self.config.max_browsers, self.file_limit, self.max_waiting)
         self.stream: Stream = LocalStream(self.config.history)
         if self.config.redis_url is not None:
             self.stream = RedisStream(self.config.redis_url, self.config.history)
@@ -4994,7 +5023,7 @@ class Daemon:
                 server.asterisk = asterisk
 
     def _load(self) -> Config:
-        """Return the configuration; log what is odd."""
+        """Return the configuration; log its warnings."""
         config, warnings = load_config(self.path)
         for warning in warnings:
             log.warning("%s", warning)
@@ -5003,7 +5032,7 @@ class Daemon:
     def _listen(self, port: int, refusals: RefusalLog, tls: ssl.SSLContext | None) -> Server:
         """Return a server that listens; raises ConfigError with what to do about it."""
         try:
-            queues = make_queues(self.sizes)
+            queues = make_queues(self.queue_sizes)
             return Server(self.config, port, self.hub, self.supervisor, queues, refusals, tls)
         except OSError as error:
             where = f"{self.config.listen or 'every address'}, port {port}"
@@ -5069,7 +5098,7 @@ class Daemon:
         )
 
     def reload(self) -> None:
-        """Take over the configuration and the certificate as they are now; or keep the old."""
+        """Read configuration and certificate again (SIGHUP); keep the old ones if they fail."""
         self.manager.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             config = self._load()
@@ -5083,6 +5112,7 @@ class Daemon:
         self.manager.notify("READY=1")
 
     def _apply_config(self, config: Config, tls: ssl.SSLContext | None) -> None:
+        """Use a reloaded configuration; Hub.reconfigure() closes browsers it does not admit."""
         for key in KEYS:
             old = getattr(self.config, key.name.lower())
             if key.needs_restart and old != getattr(config, key.name.lower()):
@@ -5094,7 +5124,7 @@ class Daemon:
             server.config = config
             # Connections keep the context that they began with.
             server.tls = tls if server.tls is not None else None
-        max_browsers = bound_browsers(config.max_browsers, self.file_limit, self.waiting)
+        max_browsers = bound_browsers(config.max_browsers, self.file_limit, self.max_waiting)
         self.hub.reconfigure(config, max_browsers)
         log.info(
             "configuration reloaded: triggers from %s, browsers from %s",
@@ -5136,7 +5166,7 @@ def service_user() -> pwd.struct_passwd | None:
 
 
 def ports_taken(config: Config, own: int) -> Iterator[str]:
-    """Yield which ports a program has that is not our own user's: that would be ourselves."""
+    """Yield which ports a program of another user than ours (`own`) listens on."""
     for name in ("PORT", "CLIENT_PORT"):
         port = getattr(config, name.lower())
         for uid in sorted(listeners(port) - {own}) if port else ():
@@ -5147,7 +5177,7 @@ def ports_taken(config: Config, own: int) -> Iterator[str]:
 
 
 def listeners(port: int) -> set[int]:
-    """Return the users who listen on a TCP port, by number (proc(5), /proc/net/tcp)."""
+    """Return the uids that listen on a TCP port (proc(5), /proc/net/tcp)."""
     users = set()
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):  # IPv6 is off
@@ -5173,7 +5203,7 @@ def unreadable(user: pwd.struct_passwd, files: Iterable[Path]) -> list[Path]:
 
 
 def can_read(path: Path) -> bool:
-    """Tell whether we can open a file, by the modes and lists of all folders above it too."""
+    """Tell whether we can open a file; the folders above it may forbid it, too."""
     try:
         os.close(os.open(path, os.O_RDONLY))
     except OSError:

@@ -3210,8 +3210,8 @@ class TestRelay(unittest.TestCase):
                     redis.ask("XADD", "popup-notifier", "*", *words)
                 daemon.trigger()
                 self.assertEqual(browser.phones(1), ["0312345678"])
-                lines = "\n".join(daemon.wait_for_log("stream entries are no calls"))
-            counts = re.findall(r"(\d+) stream entries are no calls, the first is \d+-", lines)
+                lines = "\n".join(daemon.wait_for_log("stream entries are not calls"))
+            counts = re.findall(r"(\d+) stream entries are not calls, the first is \d+-", lines)
             self.assertEqual(sum(map(int, counts)), len(strange))
 
     def test_ids_increase_when_redis_has_forgotten_all(self) -> None:
@@ -4107,7 +4107,7 @@ class TestAsterisk(unittest.TestCase):
                 'ring phone="0312345678" exten="201" .* from asterisk to 1 browser'
             )
             health = self.get(daemon, "/healthz")
-            pattern = r"Asterisk up since 20.*: logged in as popup@.*, \d+ events, 3 calls told\n"
+            pattern = r"Asterisk up since 20.*: logged in as popup@.*, \d+ events, 3 triggers\n"
             self.assertRegex(health, pattern)
             status = json.loads(self.get(daemon, "/status"))
             self.assertRegex(status["asterisk"] + "\n", pattern)
@@ -4281,7 +4281,7 @@ class TestAsterisk(unittest.TestCase):
                 for _ in range(3 * 625):
                     browser.message()
                 grown.append(daemon.status("VmRSS"))
-            self.assertRegex(self.get(daemon, "/healthz"), "5000[0-9] events, 18750 calls told")
+            self.assertRegex(self.get(daemon, "/healthz"), "5000[0-9] events, 18750 triggers")
             self.assertLess(grown[-1] - grown[0], 10_000)
 
     def test_stop_does_not_wait_for_it(self) -> None:
