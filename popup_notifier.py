@@ -17,7 +17,7 @@ Read it from top to bottom, or look up where something is:
     8. Server          Connection, Server, RequestHandler, ROUTES (what answers which path)
     9. TLS             make_tls_context, begin_tls
     10. Redis          RedisStream: calls shared by several daemons, and while Redis is away
-    11. Asterisk       Switchboard (makes triggers of its events; uses AMI_TRUNKS), Asterisk
+    11. Asterisk       Channel (AMI_TRUNKS says which calls come in), Switchboard, Asterisk
     12. Monitoring     HubMetrics, RefusalLog, metrics_lines, Supervisor, ServiceManager
     13. The desk       DESK_PAGE, the page at /; cards and their states are in popup-sample.js
     14. Command line   the log, limits, Daemon (start, reload on SIGHUP, stop), --check, main
@@ -2951,7 +2951,7 @@ class RequestHandler:
             raise too_many_browsers(hub)
 
     def handle_health(self) -> bytes:
-        """Say whether every thread is alive, and how Redis and Asterisk are: GET /healthz."""
+        """Say whether every Loop turns, and how Redis and Asterisk are: GET /healthz."""
         hub, stalled = self.server.hub, self.server.supervisor.stalled(HEALTH_TIMEOUT)
         if stalled:
             reason = f"no sign of life from the thread {' and '.join(stalled)}"
@@ -4265,7 +4265,7 @@ class Asterisk:
 # How the daemon is: for Prometheus, for whoever reads the log, and for systemd. Any thread may use
 # RefusalLog and Supervisor; only the Hub's counts in HubMetrics.
 
-HEALTH_TIMEOUT = 2.0  # seconds that each thread has to give a sign of life
+HEALTH_TIMEOUT = 2.0  # seconds that each Loop has to turn
 # Refusals are counted by address and status. In each period (seconds) the first REPORT_LINES of a
 # pair are logged, the others summed up at its end, or when there are REPORT_PAIRS pairs.
 REPORT_PERIOD = 60.0
@@ -4422,7 +4422,7 @@ def uptime() -> float:
 
 
 class Supervisor:
-    """Runs the daemon's threads: one that fails ends the daemon, and none hangs unseen."""
+    """Runs the daemon's threads: one that fails ends the daemon, and no Loop hangs unseen."""
 
     def __init__(self, on_failure: Callable[[], None]) -> None:
         self.has_failed = False
@@ -4455,7 +4455,7 @@ class Supervisor:
             self._on_failure()
 
     def stalled(self, timeout: float) -> list[str]:
-        """Return the threads that give no sign of life within so many seconds."""
+        """Return the names of the Loops that do not turn within `timeout` seconds. Any thread."""
         deadline = time.monotonic() + timeout
         probes = [(name, loop.probe()) for name, loop in self._loops.items()]
         return [
