@@ -4535,7 +4535,8 @@ DESK_PAGE = r"""<!doctype html>
   .ringing td { font-size: 1.25rem } .ended, .elsewhere { color: var(--soft) }
   .state, .who, .new td { font-weight: 600 } .length { font-variant-numeric: tabular-nums }
   .time { white-space: nowrap } .exten { min-width: 6em }
-  .who:empty, .note:empty { display: none } .who, .note { display: block }
+  .who, .number, .note { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3;
+    margin: -3px; padding: 3px; overflow: hidden } .who:empty, .note:empty { display: none }
   details { margin: 24px 0 } summary { padding: 8px 0; cursor: pointer }
   details table { margin-top: 12px; font-size: .875rem }
   .aloud { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }

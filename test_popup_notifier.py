@@ -7537,6 +7537,16 @@ class BrowserTests(unittest.TestCase):
                 tab = self.open(f"http://127.0.0.1:{daemon.port}/")
                 tab.wait_for("document.querySelector('#state.bad')?.textContent.includes('.js')")
 
+    def test_desk_keeps_the_row_of_a_long_name_low(self) -> None:
+        with Daemon(OPEN_URL="https://crm.example/{phone}") as daemon:
+            tab = self.open_desk(daemon)
+            daemon.trigger(f"&exten=201&name={quote('山田' * 100)}", "5" * 300)
+            tab.wait_for("document.querySelector('#calls a')")
+            for width in (320, 700):
+                tab.resize(width, 640)
+                tall = tab.evaluate("document.querySelector('#calls tbody tr').offsetHeight")
+                self.assertLess(tall, 320)
+
     def test_desk_opens_the_page_of_a_caller(self) -> None:
         url = "https://crm.example/{}?q={{phone}}"
         link = "document.querySelector('#calls a')?.href"
