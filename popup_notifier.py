@@ -4600,6 +4600,7 @@ DESK_PAGE = r"""<!doctype html>
     admin: ['For the administrator', '管理者向け'], copy: ['Copy', 'コピー'],
     try: ['A test call, on the PBX and with your token:',
       'テスト (PBX で実行します。token は設定ファイルの値です)'],
+    silent: ['The daemon does not answer.', 'デーモンが応答しません。'],
     script: ['popup-sample.js is missing on the server: its log says where it belongs.',
       'サーバに popup-sample.js がありません。置き場所はサーバのログに出ています。'],
     address: ['Browser', 'ブラウザ'], origin: ['Page', 'ページ'], refused: ['Refused', '拒否'],
@@ -4792,7 +4793,12 @@ DESK_PAGE = r"""<!doctype html>
   }
   async function look() {
     if (!find('#admin').open || document.hidden) return;
-    const answer = await fetch('/status');
+    const answer = await fetch('/status').catch(Response.error);
+    if (!answer.ok) {
+      find('#facts').textContent = await answer.text() || say('silent');
+      list('#browsers', []);
+      return;
+    }
     const { version, count, browsers, refusals, redis, asterisk } = await answer.json();
     const facts = [`popup-notifier ${version}`, `${count} browsers`];
     find('#facts').textContent = [...facts, redis, asterisk].filter(Boolean).join('\n');

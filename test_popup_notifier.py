@@ -7597,6 +7597,9 @@ class BrowserTests(unittest.TestCase):
             daemon.trigger(token="wrong")
             refused = "document.querySelector('#refusals')?.textContent.includes('SECRET_TOKEN')"
             tab.wait_for(refused, 3 * TIMEOUT)
+            daemon.stop()
+            silent = "document.querySelector('#facts').textContent === say('silent')"
+            tab.wait_for(f"{silent} && !document.querySelector('#browsers td')", 3 * TIMEOUT)
 
 
 class LenientChromium(Chromium):
