@@ -4127,10 +4127,13 @@ class ManagerLink:
         return self._parser.receive_data(data)
 
     def _check_banner(self, url: ManagerURL) -> None:
-        banner = b""
+        banner, deadline = b"", time.monotonic() + AMI_TIMEOUT
         with contextlib.suppress(socket.timeout):
-            while b"\n" not in banner and (data := self._sock.recv(MAX_CONTROL)):
-                banner = (banner + data)[:MAX_LINE]
+            while b"\n" not in banner and len(banner) < MAX_LINE and time.monotonic() < deadline:
+                data = self._sock.recv(MAX_CONTROL)
+                banner += data
+                if not data:
+                    break
         if not banner.startswith(b"Asterisk Call Manager/"):
             said = quote(banner.decode("utf-8", "replace").strip()) if banner else "nothing"
             raise ManagerError(f"{url} is no manager interface, or has TLS: it says {said}")

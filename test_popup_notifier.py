@@ -4200,6 +4200,7 @@ class TestAsterisk(unittest.TestCase):
         for banner, secret, line in (
             (b"SSH-2.0-x\r\n", "ge%40heim", 'is no manager interface, .*it says "SSH-2.0-x"'),
             (b"", "ge%40heim", "is no manager interface, or has TLS: it says nothing"),
+            (b"x" * 20_000, "ge%40heim", 'is no manager interface, .*it says "xxx'),
             (
                 b"Asterisk Call Manager/2\r\n",
                 "heimlich",
@@ -4217,6 +4218,20 @@ class TestAsterisk(unittest.TestCase):
                     self.assertEqual(daemon.trigger(), 200)
                     self.assertEqual(len([each for each in daemon.lines if "away" in each]), 1)
                     self.assertNotIn("heim", "".join(daemon.lines))
+
+    def test_peer_that_never_ends_a_line(self) -> None:
+        with FakeAsterisk(b"") as pbx, patched("p.AMI_TIMEOUT = 1") as program:
+
+            def drip() -> None:
+                with contextlib.suppress(OSError):
+                    pbx.connections.get(timeout=TIMEOUT)
+                    while pbx.sock is not None:
+                        pbx.sock.sendall(b"x")
+                        time.sleep(0.01)
+
+            threading.Thread(target=drip, daemon=True).start()
+            with Daemon(program=program, **pbx.keys) as daemon:
+                daemon.wait_for_log('Asterisk is away: .* is no manager interface, .* "xx')
 
     def test_asterisk_that_comes_later_and_goes_in_between(self) -> None:
         pbx = FakeAsterisk()
