@@ -3415,7 +3415,9 @@ class RedisStream:
         self._node, self._number = os.urandom(4).hex(), 0  # make the last key
         self._pending: collections.OrderedDict[str, Pending] = collections.OrderedDict()
         self._pending_size = 0  # characters of what was sent to us
-        self._undelivered: collections.deque[Pending] = collections.deque()  # of these: not early
+        self._undelivered: collections.deque[Pending] = (
+            collections.deque()
+        )  # of these: not early yet
         self._keys: collections.OrderedDict[str, None] = collections.OrderedDict()  # read
         self._lost = self._reported = 0  # calls that waited for too long
 
