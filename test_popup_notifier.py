@@ -1413,7 +1413,7 @@ class TestHub(unittest.TestCase):
                     self.assertEqual(stays.frame(), (Opcode.PONG, b"you?"))
                     daemon.trigger("&exten=1,2")
                     self.assertEqual(stays.phones(1), ["0312345678"])
-                    daemon.wait_for_log("browser dropped: 127.0.0.1 met a bug")
+                    daemon.wait_for_log("browser dropped: 127.0.0.1 hit a bug")
                     daemon.wait_for_log("call .* to 1 browser$")
                     metrics = daemon.get("/metrics")
                     self.assertIn('dropped_browsers_total{reason="bug"} 1\n', metrics)
@@ -2332,7 +2332,7 @@ class TestServer(unittest.TestCase):
                 self.assertEqual(daemon.trigger(), 200)
                 self.assertEqual(browser.phones(1), ["0312345678"])
                 until(lambda: daemon.descriptors() == before, "their descriptors are free")
-                daemon.wait_for_log("a request from 127.0.0.1 met a bug", 2)
+                daemon.wait_for_log("a request from 127.0.0.1 hit a bug", 2)
                 daemon.wait_for_log("ZeroDivisionError", 2)
 
     def test_slow_requests_over_the_limit_get_503(self) -> None:
