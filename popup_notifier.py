@@ -4702,7 +4702,8 @@ DESK_PAGE = r"""<!doctype html>
   // Whoever turns to this window has seen what was missed.
   for (const sign of ['focus', 'pointerdown', 'keydown']) {
     window.addEventListener(sign, () => {
-      kept.lookedAt = n.now;
+      // n.now is behind by as long as messages take.
+      kept.lookedAt = Math.max(n.now, ...n.calls.map(({ ended }) => Number(ended)));
       draw(n.calls);
     });
   }
