@@ -3882,7 +3882,8 @@ class IncomingCall:
             "name": "" if self.is_withheld else caller_name(self.name),
             "did": self.did,
         }
-        return {name: value for name, value in parameters.items() if value}
+        # Who calls under a very long name is shown, too.
+        return {name: value[:MAX_VALUE] for name, value in parameters.items() if value}
 
 
 class Switchboard:

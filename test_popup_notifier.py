@@ -4132,6 +4132,12 @@ class TestAsterisk(unittest.TestCase):
             pbx.tell(RING, CallerIDName="a\udce5\udcb1")
             self.assertEqual(browser.message()["data"]["name"], "a\ufffd")
 
+    def test_caller_under_a_very_long_name(self) -> None:
+        with FakeAsterisk() as pbx, Daemon(**pbx.keys) as daemon, daemon.browser() as browser:
+            pbx.wait_for("CoreShowChannels")
+            pbx.tell(RING, CallerIDName="n" * 10_000)
+            self.assertEqual(set(browser.message()["data"]["name"]), {"n"})
+
     def test_number_that_is_withheld(self) -> None:
         for variable in popup_notifier.PRESENTATION:
             with FakeAsterisk() as pbx, Daemon(**pbx.keys) as daemon, daemon.browser() as browser:
