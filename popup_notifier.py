@@ -378,6 +378,9 @@ class Trunks(frozenset[str]):
 
 def parse_trunks(text: str) -> Trunks:
     """Return the trunks of comma-separated names."""
+    channel = re.search(r"([^\s,]+)-[0-9a-f]{8}(?![^\s,])", text, re.IGNORECASE)
+    if channel:
+        raise ValueError(f"holds the name of a channel; its trunk is {quote(channel[1])}")
     return Trunks(each.strip().lower() for each in text.split(",") if each.strip())
 
 

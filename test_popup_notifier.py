@@ -496,6 +496,7 @@ CONFIG_MISTAKES = [
     ("OPEN_URL=https://{phone}.example/", "is not an address like"),
     ("OPEN_URL=https://crm.example/a b", "is not an address like"),
     ("OPEN_URL=https://crm.example/?q={number}", "holds {number}, which is none of {phone},"),
+    ("AMI_TRUNKS=a-b, PJSIP/x-y-0000001a", 'of a channel; its trunk is "PJSIP/x-y"'),
     ("TRUSTED_PROXIES=nginx", 'holds "nginx", no IP address'),
     ("SECRET_TOKEN=t\nCLIENT_PORT=8080", "CLIENT_PORT: 8080 is PORT already"),
     ("SECRET_TOKEN=t\nUSE_SSL=yes", "USE_SSL needs KEY_FILE, which is missing"),
