@@ -4630,7 +4630,7 @@ DESK_PAGE = r"""<!doctype html>
 
   // The calls: a row each, the latest first, changed in place.
   const rows = new Map(); // by uniqueid
-  let lookedAt = 0; // ms, by the server's clock: calls that were missed up to then are no news
+  let lookedAt = 0; // ms, by the server's clock: when the last call ended that was looked at
   let spoken;       // the call that a screen reader was told of
   let status = { state: 'connecting', text: '' };
   const isRinging = ({ state }) => state === 'ringing';
@@ -4706,8 +4706,7 @@ DESK_PAGE = r"""<!doctype html>
   // Whoever turns to this window has seen what was missed.
   for (const sign of ['focus', 'pointerdown', 'keydown']) {
     window.addEventListener(sign, () => {
-      // n.now is behind by as long as messages take.
-      kept.lookedAt = Math.max(n.now, ...n.calls.map(({ ended }) => Number(ended)));
+      kept.lookedAt = Math.max(lookedAt, ...n.calls.map(({ ended }) => ended));
       draw(n.calls);
     });
   }

@@ -7481,17 +7481,21 @@ class BrowserTests(unittest.TestCase):
             self.wait_for_rows(tab, ("missed new", "1"))
 
     def test_desk_says_what_was_missed_after_a_look(self) -> None:
-        with Daemon() as daemon:
-            tabs = [self.open_desk(daemon), self.open_desk(daemon)]
-            daemon.trigger("&exten=201&uniqueid=1.1", "1")
-            for tab in tabs:
-                self.wait_for_rows(tab, ("ringing", "1"))
-                tab.evaluate("dispatchEvent(new Event('focus'))")
-            daemon.trigger("&uniqueid=1.1&event=end", "1")
-            for tab in tabs:
-                self.wait_for_rows(tab, ("missed new", "1"))
-            tabs[0].evaluate("dispatchEvent(new Event('focus'))")
-            self.wait_for_rows(tabs[1], ("missed", "1"))  # whose agent has looked at the other
+        with tempfile.TemporaryDirectory() as folder:
+            clock = Clock(folder)
+            with patched(clock.statement) as program, Daemon(program=program) as daemon:
+                tabs = [self.open_desk(daemon), self.open_desk(daemon)]
+                clock.set("00:00:10")  # which the pages do not know yet
+                daemon.trigger("&exten=201&uniqueid=1.1", "1")
+                for tab in tabs:
+                    self.wait_for_rows(tab, ("ringing", "1"))
+                    tab.evaluate("dispatchEvent(new Event('focus'))")
+                daemon.trigger("&uniqueid=1.1&event=end", "1")
+                for tab in tabs:
+                    self.wait_for_rows(tab, ("missed new", "1"))
+                tabs[0].evaluate("dispatchEvent(new Event('focus'))")
+                # Whose agent has looked at the other.
+                self.wait_for_rows(tabs[1], ("missed", "1"))
 
     def test_desk_at_midnight(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
