@@ -525,19 +525,18 @@
 
   const STYLE = `
     :host { all: initial !important }
-    section { --card: #fff; --ringing: #1a7f37; --talking: #0969da; --missed: #cf222e; --rang: #9a6700;
-      --ended: #59636e; color: #1f2328; font: 15px/1.45 system-ui; position: fixed; inset: auto 0 0 auto;
-      z-index: 2147483647; box-sizing: border-box; width: min(400px, 100vw); max-height: 100vh;
-      padding: 12px 16px 12px 32px; overflow: auto; scrollbar-width: thin; pointer-events: none }
-    @media (prefers-color-scheme: dark) { section { --card: #1c2128; --ringing: #3fb950; --talking: #58a6ff;
-      --missed: #ff7b72; --rang: #d29922; --ended: #9198a1; color: #e6edf3 } }
+    section { position: fixed; inset: auto 0 0 auto; z-index: 2147483647; box-sizing: border-box;
+      width: min(400px, 100vw); max-height: 100vh; padding: 12px 16px 12px 32px; overflow: auto;
+      scrollbar-width: thin; pointer-events: none; color-scheme: light dark; color: CanvasText;
+      font: 15px/1.45 system-ui }
     @media print { section { display: none } }
     section, .panel { display: flex; flex-direction: column-reverse; gap: 10px }
     article, form { flex: none; position: relative; padding: 12px 48px 12px 16px; border: 1px solid #8886;
-      border-radius: 8px; background: var(--card); box-shadow: 0 6px 20px #0004; pointer-events: auto }
+      border-radius: 8px; background: Canvas; box-shadow: 0 6px 20px #0004; pointer-events: auto }
     article { border-left: 5px solid var(--line); overflow-wrap: anywhere }
-    .ringing { --line: var(--ringing) } .talking { --line: var(--talking) } .missed { --line: var(--missed) }
-    .rang { --line: var(--rang) } .ended { --line: var(--ended) }
+    .ringing { --line: light-dark(#1a7f37, #3fb950) } .talking { --line: light-dark(#0969da, #58a6ff) }
+    .missed { --line: light-dark(#cf222e, #ff7b72) } .rang { --line: light-dark(#9a6700, #d29922) }
+    .ended { --line: light-dark(#59636e, #9198a1) }
     .missed, .rang, .ended { padding-block: 8px }
     p { margin: 0; unicode-bidi: isolate; display: -webkit-box; -webkit-box-orient: vertical;
       -webkit-line-clamp: 3; overflow: hidden }
