@@ -275,9 +275,30 @@
     const memory = `popup-notifier ${daemon}`;
     const calls = new Map(); // by id
     const keys = new Set();  // of the messages that came
-    const panel = stack.appendChild(element('div', { class: 'panel', lang: language() }));
     const alertAgent = makeAlerts();
     const ending = new AbortController();
+    const n = {
+      get exten() { return mine.join(','); },
+      set exten(text) { setExten(String(text)); },
+      get alert() { return alerts.join(' '); },
+      set alert(text) {
+        alerts = splitList(text);
+        remember('localStorage', 'popup-notifier alert', n.alert);
+        change();
+      },
+      get calls() { return refresh().filter(({ state }) => state.kind !== 'foreign').map(view).reverse(); },
+      get now() { return now(); },
+      askPermission: async () => Notification.requestPermission(),
+      close() {
+        ending.abort();
+        clearInterval(ticker);
+        remember('sessionStorage', memory, null);
+        panel.remove();
+        guard(alertAgent, [], []);
+      },
+    };
+    const mark = makeMark(n, isAsking);
+    const panel = stack.appendChild(element('div', { class: 'panel', lang: language() }, mark));
     let mine = [];
     let alerts = splitList(recall('localStorage', 'popup-notifier alert') ?? options.alert);
     let position = '';       // the last id of any message: all calls up to it have arrived
@@ -390,16 +411,15 @@
       });
       return sorted.reverse();
     }
-    const renderAll = () => refresh().filter(({ state }) => state.kind !== 'foreign')
-      .map((call) => render(call, { ...daemonOptions, ...options }, mine)).reverse();
+    const view = (call) => render(call, { ...daemonOptions, ...options }, mine);
     function draw() {
       drawing = clearTimeout(drawing);
       if (ending.signal.aborted) return;
       const picked = pickCards(refresh().filter(({ isOurs, isHidden }) => isOurs && !isHidden));
       picked.forEach(lookUp);
-      const views = picked.map((call) => render(call, { ...daemonOptions, ...options }, mine));
-      if (options.draw) guard(options.draw, renderAll());
-      showMark(panel, { ...status, isAsking, extens: mine, alerts, setExten, setAlerts });
+      const views = picked.map(view);
+      if (options.draw) guard(options.draw, n.calls);
+      fillMark(mark, n.exten, isAsking && !mine.length, status);
       showCards(panel, options.draw ? [] : views, close);
       guard(alertAgent, views.filter(({ state }) => state === 'ringing'), alerts);
     }
@@ -417,11 +437,6 @@
       if (isGiven && isAsking) remember('localStorage', 'popup-notifier exten', text);
       mine = splitList(isGiven ? text : recall('localStorage', 'popup-notifier exten'));
       connection.restart();
-      change();
-    }
-    function setAlerts(kinds) {
-      alerts = kinds;
-      remember('localStorage', 'popup-notifier alert', kinds.join(' '));
       change();
     }
     function leave() {
@@ -453,22 +468,8 @@
     const ticker = setInterval(() => { connection.check(); draw(); }, 1000);
     restore();
     setExten(options.exten);
-    return {
-      get exten() { return mine.join(','); },
-      set exten(text) { setExten(String(text)); },
-      get alert() { return alerts.join(' '); },
-      set alert(text) { setAlerts(splitList(text)); },
-      get calls() { return renderAll(); },
-      get now() { return now(); },
-      askPermission: async () => Notification.requestPermission(),
-      close() {
-        ending.abort();
-        clearInterval(ticker);
-        remember('sessionStorage', memory, null);
-        panel.remove();
-        guard(alertAgent, [], []);
-      },
-    };
+    mark.open = isAsking && !mine.length;
+    return n;
   }
 
   // Whether this tab may show a call. A database's transactions come one after the other, whichever tab they
@@ -530,7 +531,8 @@
       scrollbar-width: thin; pointer-events: none; color-scheme: light dark; color: CanvasText;
       font: 15px/1.45 system-ui }
     @media print { section { display: none } }
-    section, .panel { display: flex; flex-direction: column-reverse; gap: 10px }
+    [hidden], p:empty { display: none !important }
+    section, .panel, details { display: flex; flex-direction: column-reverse; gap: 10px }
     article, form { flex: none; position: relative; padding: 12px 48px 12px 16px; border: 1px solid #8886;
       border-radius: 8px; background: Canvas; box-shadow: 0 6px 20px #0004; pointer-events: auto }
     article { border-left: 5px solid var(--line); overflow-wrap: anywhere }
@@ -540,7 +542,6 @@
     .missed, .rang, .ended { padding-block: 8px }
     p { margin: 0; unicode-bidi: isolate; display: -webkit-box; -webkit-box-orient: vertical;
       -webkit-line-clamp: 3; overflow: hidden }
-    p:empty { display: none }
     .number { font-size: 1.15em; font-weight: 600 }
     .ringing .number, .talking .number { font-size: 1.5em }
     a, b { color: var(--line) }
@@ -551,10 +552,10 @@
       font-size: 20px; cursor: pointer }
     form { padding-right: 16px }
     form, label { display: grid; gap: 8px }
-    input { padding: 4px 8px }
+    input { min-width: 0; padding: 4px 8px }
     [type=checkbox] { width: 24px; min-height: 24px; margin: 0 }
     label:has([type=checkbox]) { grid-template-columns: auto 1fr; align-items: center }
-    .mark { align-self: flex-end; min-height: 24px; padding: 1px 10px; border-color: transparent;
+    .mark { align-self: flex-end; box-sizing: border-box; min-height: 24px; padding: 3px 10px; list-style: none;
       border-radius: 12px; background: #1f2328cc; color: #fff; font-size: 12px; cursor: pointer;
       pointer-events: auto }
     .mark::before { content: '●'; margin-right: 6px; color: #4ac26b }
@@ -566,13 +567,12 @@
   root.adoptedStyleSheets = [new CSSStyleSheet()]; // which no Content-Security-Policy of the page stops
   root.adoptedStyleSheets[0].replaceSync(STYLE);
   document.documentElement.append(host);
-  // Escape closes the card that has the focus, or the newest: but not behind a dialog that takes it, too.
+  // Escape closes what has the focus, or the newest card: but not behind a dialog that takes it, too.
   document.addEventListener('keydown', (event) => {
     if (event.key !== 'Escape' || event.isComposing || event.defaultPrevented) return;
-    root.activeElement?.closest('form')?.remove();
-    const focused = root.activeElement?.closest('article');
-    const card = focused || (!document.querySelector(':modal') && stack.querySelector('article'));
-    if (card) card.lastChild.click();
+    const focused = root.activeElement?.closest('article, details[open]');
+    const top = focused || (!document.querySelector(':modal') && stack.querySelector('article'));
+    if (top) top.querySelector('button, summary').click();
   });
 
   // Strings become text nodes: nothing that a caller sends is ever read as markup.
@@ -588,8 +588,10 @@
   // The top layer belongs to what opened last. And a modal dialog, or a full screen, leaves nothing outside
   // of it that can be clicked: then the cards are inside.
   function surface() {
-    const { left, top } = stack.lastChild.firstChild?.getBoundingClientRect() || {};
-    if (left === undefined || document.elementFromPoint(left + 12, top + 12) === host) return;
+    const lowest = stack.querySelector('details:not([hidden]) .mark, article');
+    if (!lowest) return;
+    const { left, top } = lowest.getBoundingClientRect();
+    if (document.elementFromPoint(left + 12, top + 12) === host) return;
     const modal = [...document.querySelectorAll(':modal:not(video, iframe)')].pop();
     const home = modal || document.documentElement;
     if (host.parentNode !== home) home.append(host);
@@ -600,23 +602,22 @@
   }
   // Draws the cards of a panel, the latest first; the views are what render() returns.
   function showCards(panel, views, close) {
-    const old = [...panel.querySelectorAll('article')];
-    const texts = views.map((view) => JSON.stringify(view));
-    const cards = texts.map((text, index) => old.find((card) => card.text === text)
-      || Object.assign(makeCard(views[index], close), { text }));
     const focused = root.activeElement; // whatever is replaced or moved loses the focus
+    const old = [...panel.querySelectorAll('article')];
+    const cards = views.map((view) => {
+      const text = JSON.stringify(view);
+      return old.find((card) => card.text === text) || Object.assign(makeCard(view, close), { text });
+    });
     old.filter((card) => !cards.includes(card)).forEach((card) => card.remove());
-    let place = panel.querySelector('article');
-    cards.forEach((card) => {
-      if (card === place) place = place.nextElementSibling;
-      else panel.insertBefore(card, place);
+    cards.forEach((card, index) => {
+      const place = panel.children[index + 1]; // behind the mark
+      if (card !== place) panel.insertBefore(card, place);
     });
     surface();
-    if (!focused || focused === root.activeElement) return;
+    if (focused === root.activeElement) return;
     const isSame = ({ textContent, parentNode }) => textContent === focused.textContent
       && parentNode.id === focused.parentNode.id;
-    const heir = focused.isConnected ? focused : [...panel.querySelectorAll('a, button')].find(isSame);
-    heir?.focus();
+    [...panel.querySelectorAll('a, button')].find(isSame)?.focus();
   }
   function makeCard(view, close) {
     const { uniqueid, state, title, whose, since, number, name, note, links, target } = view;
@@ -634,40 +635,36 @@
   }
 
   // A small mark says whether we are connected, and why not; a click on it shows what can be set.
-  function showMark(panel, status) {
-    const { state, since, isQuiet, isAsking, extens, cause } = status;
-    const isMissing = isAsking && !extens.length;
-    const old = panel.querySelector('.mark');
-    if (isQuiet && !isMissing) return old?.remove();
-    const mark = old || element('button', { type: 'button' });
-    const isShort = state !== 'open' && !cause && Date.now() - since < SHORT_GAP;
-    const text = state === 'open' ? say('open') : joinWords(say('since'), clock(since), cause);
-    mark.textContent = joinWords(isMissing ? `${say('ask')}?` : extens.join(','), isShort ? '…' : text);
-    mark.className = `mark ${isShort ? '' : state}`;
-    mark.onclick = () => toggleSettings(panel, status);
-    if (!old) panel.prepend(mark);
-    if (!old && isMissing) mark.click();
-  }
-  function toggleSettings(panel, { extens, isAsking, alerts, setExten, setAlerts }) {
-    const shown = panel.querySelector('form');
-    if (shown) return shown.remove();
-    const field = element('input', { value: extens.join(','), placeholder: '201' });
-    const kinds = ['sound'].concat(canNotify() ? 'notification' : []);
-    const boxes = kinds.map((name) => element('input', { type: 'checkbox', name }));
-    boxes.forEach((box) => { box.checked = alerts.includes(box.name); });
+  function makeMark(n, isAsking) {
+    const field = element('input', { placeholder: '201' });
+    const boxes = ['sound', 'notification'].map((name) => element('input', { type: 'checkbox', name }));
     const labels = boxes.map((box) => element('label', {}, box, say(box.name)));
-    const form = element('form', {}, isAsking && element('label', {}, say('ask'), field), ...labels,
-      element('button', {}, say('save')));
+    if (!canNotify()) labels.pop();
+    const question = isAsking && element('label', {}, say('ask'), field);
+    const form = element('form', {}, question, ...labels, element('button', {}, say('save')));
+    const details = element('details', {}, element('summary', { class: 'mark' }), form);
+    details.ontoggle = () => {
+      field.value = n.exten;
+      boxes.forEach((box) => { box.checked = splitList(n.alert).includes(box.name); });
+      if (details.open) form.querySelector('input').focus();
+    };
     form.onsubmit = (event) => {
       event.preventDefault();
-      form.remove();
+      details.open = false;
       const chosen = boxes.filter(({ checked }) => checked).map(({ name }) => name);
-      if (chosen.includes('notification')) Notification.requestPermission();
-      setAlerts([...alerts.filter((kind) => !kinds.includes(kind)), ...chosen]);
-      if (isAsking) setExten(field.value);
+      if (chosen.includes('notification')) n.askPermission();
+      n.alert = joinWords(n.alert.includes('title') && 'title', ...chosen);
+      if (isAsking) n.exten = field.value;
     };
-    panel.querySelector('.mark').after(form);
-    form.querySelector('input').focus();
+    return details;
+  }
+  function fillMark(details, exten, isMissing, { state, since, isQuiet, cause }) {
+    const isShort = state !== 'open' && !cause && Date.now() - since < SHORT_GAP;
+    const text = state === 'open' ? say('open') : joinWords(say('since'), clock(since), cause);
+    const mark = details.firstChild;
+    mark.textContent = joinWords(isMissing ? `${say('ask')}?` : exten, isShort ? '…' : text);
+    mark.className = `mark ${isShort ? '' : state}`;
+    details.hidden = isQuiet && !isMissing;
   }
 
   // --- 6. Alerts ------------------------------------------------------------

@@ -6921,12 +6921,14 @@ class BrowserTests(unittest.TestCase):
             self.click(tab, box)
             tab.press("Enter")
             tab.wait_for("n.alert === 'title sound'")
+            tab.wait_for(f"!{box}.checkVisibility()")
             again = self.open_connected(daemon, alert="title")
             self.assertEqual(again.evaluate("n.alert"), "title sound")
             self.click(again, MARK)
-            again.wait_for(box)
+            again.wait_for(f"{box} === {FOCUSED}")
+            self.assertTrue(again.evaluate(f"{box}.checked"))
             again.press("Escape")
-            again.wait_for(f"!{box}")
+            again.wait_for(f"!{box}.checkVisibility()")
 
     def test_back_forward_cache(self) -> None:
         with Daemon() as daemon:
