@@ -98,8 +98,8 @@
   // Each attempt asks address() where to, if anywhere; receive() gets every message, report() every change of
   // state, until `ending` is aborted.
   function keepConnected(address, receive, report, ending) {
-    let socket = null;
-    let timer, url;
+    let socket, url;
+    let timer;        // of the next attempt: there is one, or a socket, unless the page is left
     let openedAt;     // 0: not yet
     let heardAt;      // the time of the last message
     let patience;     // ms of silence that mean a dead connection
@@ -126,7 +126,7 @@
     }
     // Closing a dead connection may take minutes: nobody waits for that, or listens to it any more.
     function drop() {
-      clearTimeout(timer);
+      timer = clearTimeout(timer);
       if (socket) Object.assign(socket, DEAF).close();
       socket = null;
     }
@@ -153,9 +153,8 @@
     }
     async function explain() {
       const found = obstacle || await findCause(url);
-      const told = obstacle || found; // Firefox tells late of what a policy forbids
-      if (openedAt || told.reason === cause.reason) return;
-      cause = told;
+      if (openedAt) return;
+      cause = obstacle || found; // Firefox tells late of what a policy forbids
       report('connecting', cause);
     }
     // After a sleep readyState says OPEN for a long time; the age of the last message tells the truth.
@@ -163,9 +162,8 @@
       if (socket && Date.now() - heardAt > patience) onclose();
     }
     // Somebody is looking at the page again.
-    function wake() {
-      check();
-      if (!socket && !document.hidden) open();
+    function hurry() {
+      if (timer && !document.hidden) open();
     }
     function restart() {
       drop();
@@ -178,10 +176,10 @@
     }
     window.addEventListener('online', open, ending); // the network has changed
     window.addEventListener('pagehide', drop, ending); // a page that may come back holds no connection
-    document.addEventListener('visibilitychange', wake, ending);
+    document.addEventListener('visibilitychange', hurry, ending);
     document.addEventListener('securitypolicyviolation', onViolation, ending);
     ending.signal.addEventListener('abort', drop);
-    return { restart, check, wake };
+    return { restart, check };
   }
 
   // The browser hides why a handshake was refused; the daemon's answer to a plain GET tells.
@@ -306,11 +304,10 @@
     let status = { state: 'connecting', since: Date.now(), isQuiet: true }; // until the page has had its say
     let daemonOptions = {};  // what it says of itself: OPEN_URL
     let drawing;             // the timer, if a drawing is due
-    let isAway = false;      // in the back/forward cache: connects once it is restored
 
     const now = () => Date.now() + ahead;
     function address() {
-      if (ending.signal.aborted || isAway) return null;
+      if (ending.signal.aborted) return null;
       if (isAsking && !mine.length) return null; // who has not answered is not shown everybody's calls
       const url = new URL(daemon);
       url.protocol = url.protocol.replace('http', 'ws');
@@ -440,7 +437,6 @@
       change();
     }
     function leave() {
-      isAway = true;
       remember('sessionStorage', memory, { position, ahead, calls: [...calls.values()] });
     }
     // Takes over from the page before; or from the one after, when the agent comes back to this one.
@@ -456,10 +452,10 @@
       });
     }
     async function comeBack({ persisted }) {
-      if (persisted) await sleep(300); // Chrome shows this page before it hides the other
-      if (persisted) restore();
-      isAway = false;
-      connection.wake();
+      if (!persisted) return;
+      await sleep(300); // Chrome shows this page before it hides the other
+      restore();
+      connection.restart();
     }
 
     window.addEventListener('pagehide', leave, ending);
