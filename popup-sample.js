@@ -277,7 +277,13 @@
     const ending = new AbortController();
     const n = {
       get exten() { return mine.join(','); },
-      set exten(text) { setExten(String(text)); },
+      set exten(text) {
+        const isGiven = text !== 'ask';
+        if (isGiven && isAsking) remember('localStorage', 'popup-notifier exten', text);
+        mine = splitList(isGiven ? text : recall('localStorage', 'popup-notifier exten'));
+        connection.restart();
+        change();
+      },
       get alert() { return alerts.join(' '); },
       set alert(text) {
         alerts = splitList(text);
@@ -285,7 +291,7 @@
         change();
       },
       get calls() { return refresh().filter(({ state }) => state.kind !== 'foreign').map(view).reverse(); },
-      get now() { return now(); },
+      get now() { return Date.now() + ahead; },
       askPermission: async () => Notification.requestPermission(),
       close() {
         ending.abort();
@@ -305,7 +311,6 @@
     let daemonOptions = {};  // what it says of itself: OPEN_URL
     let drawing;             // the timer, if a drawing is due
 
-    const now = () => Date.now() + ahead;
     function address() {
       if (ending.signal.aborted) return null;
       if (isAsking && !mine.length) return null; // who has not answered is not shown everybody's calls
@@ -330,7 +335,7 @@
       if (type !== 'CALL_IN') daemonOptions = { open };
       if (type === 'HELLO' && !complete) report('open', { reason: 'gap', text: say('gap') });
       // A call may come again after an outage, also from another daemon: its key is the same.
-      if (type === 'CALL_IN' && !(key && keys.has(key))) take(data, key, time || now());
+      if (type === 'CALL_IN' && !(key && keys.has(key))) take(data, key, time || n.now);
       if (key) keys.add(key);
       if (keys.size > MAX_KEYS) keys.delete(keys.values().next().value);
     }
@@ -338,8 +343,10 @@
     function take(data, key, time) {
       const { exten = 'all', event = 'ring', name = '', uniqueid } = data;
       const phone = (data.phone || '').trim();
-      const id = uniqueid || (event !== 'ring' && unnamedCall(phone)) || key || `${phone} ${time}`;
-      const isLate = now() - time > LATE;
+      // An answer or end without uniqueid belongs to the last call of that caller.
+      const last = event !== 'ring' && refresh().find((one) => !one.isNamed && one.phone === phone);
+      const id = uniqueid || last?.id || key || `${phone} ${time}`;
+      const isLate = n.now - time > LATE;
       const isMine = splitList(exten).some((one) => concerns(mine, one));
       const call = calls.get(id) || newCall(id, Boolean(uniqueid));
       learn(call, { event, exten, phone, name, time, isLate });
@@ -354,10 +361,6 @@
       Promise.resolve(wanted).then((details) => enrich(call, details)).catch(complain);
       if (wanted !== false) show(call, event, key ? [key, CLAIM_LIFE] : [`${phone} ${exten}`, REPEAT]);
     }
-    // An answer or end without uniqueid belongs to the last call of that caller.
-    function unnamedCall(phone) {
-      return refresh().find((call) => !call.isNamed && call.phone === phone)?.id;
-    }
     // Takes what onCall or the CRM says of a call.
     function enrich(call, details) {
       if (details === false) call.isHidden = true;
@@ -368,14 +371,15 @@
     }
     // Shows a call unless another tab does; the one that is looked at waits least.
     async function show(call, event, claimed) {
-      const isTrying = call.isOurs === undefined;
-      if (isTrying ? !call.state.hasCard : !call.isOurs) return;
-      if (isTrying) call.isOurs = null;
-      const patience = (document.hidden ? 300 : 0) + (document.hasFocus() ? 0 : 100 * Math.random());
-      if (isTrying) await sleep(patience + (event === 'ring' ? 0 : OWNER_FIRST));
+      const isNew = call.isOurs === undefined && call.state.hasCard;
+      if (isNew) {
+        call.isOurs = null; // not known yet
+        const patience = (document.hidden ? 300 : 0) + (document.hasFocus() ? 0 : 100 * Math.random());
+        await sleep(patience + (event === 'ring' ? 0 : OWNER_FIRST));
+      } else if (!call.isOurs) return;
       // Claimed again with each event: other tabs may hear only of this one.
       const isFree = await claim(...claimed).catch(() => true); // storage is blocked: better twice than never
-      if (isTrying) call.isOurs = isFree;
+      if (isNew) call.isOurs = isFree;
       change();
     }
     // Asks the CRM who it is; again on the next page, if this one is left before the answer.
@@ -401,10 +405,10 @@
       const times = new Map(); // how often each caller has called
       const sorted = [...calls.values()].sort((a, b) => a.seen - b.seen);
       sorted.forEach((call, index) => {
-        if (now() - call.seen > FORGOTTEN || index < sorted.length - MAX_CALLS) calls.delete(call.id);
+        if (n.now - call.seen > FORGOTTEN || index < sorted.length - MAX_CALLS) calls.delete(call.id);
         if (call.isOurs) times.set(call.phone, (times.get(call.phone) || 0) + 1);
         call.times = times.get(call.phone) || 1;
-        call.state = stateOf(call, mine, now());
+        call.state = stateOf(call, mine, n.now);
       });
       return sorted.reverse();
     }
@@ -428,13 +432,6 @@
       const closed = calls.get(id);
       calls.forEach((call) => { call.isHidden ||= call === closed || isRepeated(call, closed); });
       draw();
-    }
-    function setExten(text) {
-      const isGiven = text !== 'ask';
-      if (isGiven && isAsking) remember('localStorage', 'popup-notifier exten', text);
-      mine = splitList(isGiven ? text : recall('localStorage', 'popup-notifier exten'));
-      connection.restart();
-      change();
     }
     function leave() {
       remember('sessionStorage', memory, { position, ahead, calls: [...calls.values()] });
@@ -463,7 +460,7 @@
     const connection = keepConnected(address, receive, report, ending);
     const ticker = setInterval(() => { connection.check(); draw(); }, 1000);
     restore();
-    setExten(options.exten);
+    n.exten = options.exten;
     mark.open = isAsking && !mine.length;
     return n;
   }
@@ -551,9 +548,9 @@
     input { min-width: 0; padding: 4px 8px }
     [type=checkbox] { width: 24px; min-height: 24px; margin: 0 }
     label:has([type=checkbox]) { grid-template-columns: auto 1fr; align-items: center }
-    .mark { align-self: flex-end; box-sizing: border-box; min-height: 24px; padding: 3px 10px; list-style: none;
-      border-radius: 12px; background: #1f2328cc; color: #fff; font-size: 12px; cursor: pointer;
-      pointer-events: auto }
+    .mark { align-self: flex-end; box-sizing: border-box; min-height: 24px; padding: 3px 10px;
+      border-radius: 12px; background: #1f2328cc; color: #fff; font-size: 12px; list-style: none;
+      cursor: pointer; pointer-events: auto }
     .mark::before { content: '●'; margin-right: 6px; color: #4ac26b }
     .mark.connecting::before { color: #ff8182 }`;
 
@@ -669,15 +666,11 @@
   // Returns a function that is told, again and again, which calls ring, the latest first, and what to use.
   function makeAlerts() {
     const notifications = new Map(); // by the call's id; null: the agent is looking
-    let hasTitle = false;
     let sound = null;
 
     return (ringing, kinds) => {
-      const [latest] = ringing;
-      const uses = (kind) => latest && kinds.includes(kind);
-      if (uses('title') || hasTitle) setTitle(uses('title') ? `☎ ${latest.number}` : '');
-      hasTitle = uses('title');
-
+      const uses = (kind) => ringing.length > 0 && kinds.includes(kind);
+      setTitle(uses('title') ? `${BELL} ${ringing[0].number}` : '');
       if (uses('sound')) {
         sound = sound || playTones();
         sound.resume().catch(() => {}); // browsers wait until the agent has clicked anywhere in the page
@@ -685,7 +678,6 @@
         sound.close();
         sound = null;
       }
-
       const isElsewhere = document.hidden || (uses('notification') && !document.hasFocus());
       ringing.filter(({ uniqueid }) => !notifications.has(uniqueid)).forEach((view) => {
         notifications.set(view.uniqueid, isElsewhere ? guard(notify, view) : null);
@@ -699,12 +691,12 @@
   }
 
   // The page's own title comes back, even if the page has changed it meanwhile.
+  const BELL = '☎';
   let pageTitle = '';
-  let shownTitle = null;
   function setTitle(text) {
-    if (document.title !== shownTitle) pageTitle = document.title;
-    document.title = text || pageTitle;
-    shownTitle = document.title; // which has no double spaces
+    const isOurs = document.title.startsWith(BELL);
+    if (!isOurs) pageTitle = document.title;
+    if (text || isOurs) document.title = text || pageTitle;
   }
 
   // Two tones every three seconds, until the context is closed.
