@@ -50,7 +50,7 @@
   const SHORT_GAP = 5000;         // ms without a connection that nobody is told of
   const MAX_KEYS = 20000;         // messages recognised when they come again: those of a whole outage
   const MAX_CALLS = 200;          // calls known at a time
-  const HISTORY = 1000;           // events of calls to begin with; one call has three or so
+  const HISTORY = 3000;           // events to begin with: a call has three or more
   const MAX_CARDS = 5;
   const WITHHELD = /^(anonymous|private|unknown|unavailable|restricted|withheld|非通知)?$/i;
   const WORDS = {
@@ -80,7 +80,9 @@
   const language = () => document.documentElement.lang || navigator.language;
   const say = (key) => WORDS[key][/^ja\b/i.test(language()) ? 1 : 0];
   const clock = (time) => new Date(time).toTimeString().slice(0, 5);
-  const splitList = (text) => String(text || '').toLowerCase().split(/[\s,]+/).filter(Boolean);
+  // Input methods write digits and commas full-width.
+  const splitList = (text) => String(text || '').normalize('NFKC').toLowerCase()
+    .split(/[\s,、]+/).filter(Boolean);
   const joinWords = (...words) => words.filter(Boolean).join(' ');
   const sleep = (ms) => new Promise((resolve) => { setTimeout(resolve, ms); });
   const complain = (error) => console.error('popup-notifier:', error);
@@ -139,7 +141,7 @@
     function onmessage(event) {
       const message = JSON.parse(event.data);
       heardAt = Date.now();
-      if (message.type === 'HELLO') patience = message.interval * 1000 * BEATS;
+      if (message.interval) patience = message.interval * 1000 * BEATS; // a reload may change it
       receive(message);
     }
     function onclose() {

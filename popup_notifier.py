@@ -1867,6 +1867,9 @@ class Hub:
         self._deliver_and_admit()
         self._settings = describe_settings(config)
         self._ping_deadlines.change_timeout(config.ping_interval, self._now)
+        alive = self._alive(self._position)
+        for browser in [each for each in self._keeping_up if each.recovers]:
+            self._send(browser, alive)  # a longer interval must not look like silence
         for browser in [*self._keeping_up, *self._lagging]:
             try:
                 check_visitor(config, browser.visitor)
@@ -1905,8 +1908,9 @@ class Hub:
         for browser in arrivals:
             self._admit(browser)
         if self._cursor != before:
-            is_needed = self._lagging or self._arrivals
-            self._log.forget(self._cursor, STALL_TIMEOUT if is_needed else 0)
+            with self._lock:  # nobody is between getting a cursor and arriving
+                is_needed = self._lagging or self._arrivals
+                self._log.forget(self._cursor, STALL_TIMEOUT if is_needed else 0)
         for call, count in delivered:
             late = [each for each in arrivals if each.cursor <= call.place and each.wants(call)]
             self._log_call(call, count + len(late))
@@ -4524,6 +4528,7 @@ DESK_PAGE = r"""<!doctype html>
   #state::before { content: "● "; color: var(--ringing) }
   #state.bad { color: var(--missed); font-weight: 600 }
   #state.bad::before { content: "! "; color: inherit }
+  #state.gap::before { color: var(--rang) }
   input, button { min-height: 36px; box-sizing: border-box; padding: 4px 12px; color: inherit;
     border: 1px solid var(--soft); border-radius: 6px; background: var(--card); font: inherit }
   input { width: 8em }
@@ -4714,7 +4719,7 @@ DESK_PAGE = r"""<!doctype html>
   function onStatus(news) {
     status = news;
     find('#state').textContent = status.text;
-    find('#state').className = status.state === 'open' && !status.reason ? 'open' : 'bad';
+    find('#state').className = status.state !== 'open' ? 'bad' : status.reason || 'open';
     return false; // it is all said here
   }
 

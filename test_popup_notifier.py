@@ -1638,21 +1638,21 @@ class TestRecovery(unittest.TestCase):
                     self.assertEqual(browser.hello()["id"], hello["id"])
                     self.assertEqual(browser.phones(1), ([*wanted, "x"][-last:])[:1])
 
-    def test_pages_hear_of_a_reload(self) -> None:
-        with Daemon(PING_INTERVAL=1) as daemon, daemon.browser("?since=") as browser:
+    def test_pages_hear_of_a_reload_at_once(self) -> None:
+        with Daemon(PING_INTERVAL=3000) as daemon, daemon.browser("?since=") as browser:
             hello = browser.hello()
-            self.assertEqual((hello["interval"], "open" in hello), (1, False))
+            self.assertEqual((hello["interval"], "open" in hello), (3000, False))
             url = "https://crm.example/?q={phone}&n={name}"
-            daemon.write_config(PING_INTERVAL=3, OPEN_URL=url)
+            daemon.write_config(PING_INTERVAL=3600, OPEN_URL=url)
             daemon.process.send_signal(signal.SIGHUP)
             while True:
-                opcode, payload = browser.frame()
-                if opcode == Opcode.PING:
-                    browser.send(Opcode.PONG, payload)
-                elif json.loads(payload).get("open"):
+                _, payload = browser.frame()
+                if json.loads(payload).get("open"):
                     break
             alive = json.loads(payload)
-            self.assertEqual((alive["type"], alive["interval"], alive["open"]), ("ALIVE", 3, url))
+            self.assertEqual(
+                (alive["type"], alive["interval"], alive["open"]), ("ALIVE", 3600, url)
+            )
             with daemon.browser("?since=") as other:
                 self.assertEqual(other.hello()["open"], url)
 
@@ -7429,6 +7429,21 @@ class BrowserTests(unittest.TestCase):
         shown = f"[...document.querySelectorAll('#calls tbody tr')].map((row) => {facts})"
         expected = json.dumps([list(each) for each in rows], separators=(",", ":"))
         tab.wait_for(f"JSON.stringify({shown}) === {json.dumps(expected)}")
+
+    def test_longer_interval_after_a_reload_is_no_silence(self) -> None:
+        with Daemon(PING_INTERVAL=1) as daemon:
+            tab = self.open_connected(daemon)
+            daemon.write_config(PING_INTERVAL=3600)
+            daemon.process.send_signal(signal.SIGHUP)
+            daemon.wait_for_log("configuration reloaded")
+            daemon.trigger(phone="1")  # behind the news of the interval
+            toasts(tab, 1)
+            tab.evaluate("[window.now = Date.now, Date.now = () => now.call(Date) + 61000].length")
+            tab.wait_for(f"{TOASTS}[0].className === 'rang'")  # the page has looked at its clock
+            daemon.trigger(phone="2")
+            toasts(tab, 2)
+            connected = [line for line in daemon.lines if "browser connected" in line]
+            self.assertEqual(len(connected), 1)
 
     def test_desk_has_a_row_for_each_call(self) -> None:
         for lang, missed, states, lost in (
