@@ -3907,7 +3907,10 @@ class Switchboard:
         self._channels: dict[str, Channel] = {}  # by uniqueid, the oldest first
         self._groups: dict[str, set[Channel]] = {}  # by bridge, or by pair: they hear each other
         self._calls: dict[str, IncomingCall] = {}  # by the uniqueid of the caller's channel
-        self._listed: dict[str, Mapping[str, str]] = {}  # of the list that is coming
+        # What the list that is coming has, what it should have, and what has ended since.
+        self._listed: dict[str, Mapping[str, str]] = {}
+        self._expected: list[str] = []
+        self._ended: set[str] = set()
         self._unannounced_lists = -1  # that brought new channels; -1: none came
         self._triggers: list[dict[str, str]] = []
 
@@ -3939,6 +3942,14 @@ class Switchboard:
             self._apply_list()
         triggers, self._triggers = self._triggers, []
         return triggers
+
+    def begin_list(self) -> None:
+        """Take note that a list of all channels is asked for.
+
+        It may lack those that begin from now on, and still have those that end.
+        """
+        self._listed, self._ended = {}, set()
+        self._expected = [*self._channels, *self._calls]
 
     def disconnect(self) -> None:
         """Forget the channels, for the connection is lost: the next list says which are left."""
@@ -3988,6 +3999,7 @@ class Switchboard:
         """Forget a channel; with a caller's, the call is over."""
         self._change_bridge(channel, "")
         self._leave_group(channel, channel.pair)
+        self._ended.add(channel.uniqueid)
         del self._channels[channel.uniqueid]
         if channel.uniqueid in self._calls:
             self._end_call(self._calls[channel.uniqueid])
@@ -4049,11 +4061,12 @@ class Switchboard:
 
     def _apply_list(self) -> None:
         """Remove channels that the list of all lacks, and add those that are new in it."""
-        listed, self._listed = self._listed, {}
-        for channel in [each for key, each in self._channels.items() if key not in listed]:
-            self._remove_channel(channel)
-        for call in [each for key, each in self._calls.items() if key not in listed]:
-            self._end_call(call)
+        listed = {key: event for key, event in self._listed.items() if key not in self._ended}
+        for key in [each for each in self._expected if each not in listed]:
+            if key in self._channels:
+                self._remove_channel(self._channels[key])
+            if key in self._calls:
+                self._end_call(self._calls[key])
         known = set(self._calls)
         added = [(self._add_channel(event), event) for event in listed.values()]
         missed = [(channel, event) for channel, event in added if channel is not None]
@@ -4223,6 +4236,7 @@ class Asterisk:
             if time.monotonic() >= due:
                 if self._list_id:
                     raise TimeoutError(f"no answer for {AMI_PERIOD:g} seconds")
+                self._board.begin_list()
                 may_list = "CoreShowChannels" not in self._refused
                 self._list_id = link.ask("CoreShowChannels" if may_list else "Ping")
                 due = time.monotonic() + AMI_PERIOD

@@ -3776,9 +3776,28 @@ class TestSwitchboard(unittest.TestCase):
 
     def list(self, *channels: dict[str, str]) -> str:
         """Return what is told after a list of all channels."""
+        self.board.begin_list()
         for channel in channels:
             self.assertEqual(self.board.receive_event({"Event": "CoreShowChannel", **channel}), [])
         return self.short(self.board.receive_event({"Event": "CoreShowChannelsComplete"}))
+
+    def test_list_crosses_a_call_that_begins_and_one_that_ends(self) -> None:
+        self.receive("new provider-1, new 201-2 of provider-1, dial provider-1 201-2")
+        old = [
+            {**channel_fields(each), "Linkedid": "provider-1"} for each in ("provider-1", "201-2")
+        ]
+        self.board.begin_list()
+        rings = "new provider-7, new 203-8 of provider-7, dial provider-7 203-8"
+        self.assertEqual(self.short(self.receive(rings)), "ring 203")
+        self.assertEqual(self.short(self.receive("hangup provider-1, hangup 201-2")), "end")
+        for channel in old:
+            self.board.receive_event({"Event": "CoreShowChannel", **channel})
+        end = {"Event": "CoreShowChannelsComplete"}
+        self.assertEqual(self.short(self.board.receive_event(end)), "")
+        self.assertEqual(
+            self.short(self.receive("enter 203-8 b, enter provider-7 b")), "answer 203"
+        )
+        self.assertEqual(self.short(self.receive("dial provider-1 201-2")), "")
 
     def test_recorded_calls(self) -> None:
         for label, events, expected in RECORDED:
