@@ -3419,6 +3419,7 @@ class RedisStream:
         # Milliseconds from our monotonic clock to Redis's; at first, to our own clock.
         self._offset = int((time.time() - self._start) * 1000)
         self._live_after = BEGINNING  # calls up to here go into the history, later ones are live
+        self._pushed_to = BEGINNING  # the stream, when it had lost calls
         self._node, self._number = os.urandom(4).hex(), 0  # make the last key
         self._pending: collections.OrderedDict[str, Pending] = collections.OrderedDict()
         self._pending_size = 0  # characters of what was sent to us
@@ -3592,6 +3593,7 @@ class RedisStream:
             log.debug("another node has done it already: %s", error)
         with self._lock:
             self._mark_unwritten()
+            self._pushed_to = position
             # Others may have gone on: what is known already is passed over.
             self._live_after = self._history_start(parse_time(clock))
             return self._live_after
@@ -3629,6 +3631,8 @@ class RedisStream:
 
     def _receive_entry(self, entry: Entry) -> list[Callable[[], None]]:
         """Put a call of the stream into the log; return the answer to a trigger that waits."""
+        if entry.key in self._pending and entry.position < self._pushed_to:
+            return []  # others read on behind it: it is written once more
         pending = self._pending.pop(entry.key, None)
         self._pending_size -= pending.size if pending else 0
         if not self._add_key(entry.key):

@@ -3241,8 +3241,24 @@ class TestRelay(unittest.TestCase):
             self.assertEqual(browser.message()["id"], "4000000000000-7")
 
     def test_stream_that_begins_anew_behind_our_position(self) -> None:
+        # The other way: one node pushes the stream on before the other looks there, and reads what
+        # it has written before it writes that again.
+        slow = "lambda self: [setattr(each, 'written', -1e9) for each in self._pending.values()]"
+        with (
+            patched(f"p.RedisStream._mark_unwritten = {slow}") as first,
+            patched("p.REDIS_BLOCK = 4") as later,
+        ):
+            for programs in ((PROGRAM, PROGRAM), (first, later)):
+                with self.subTest(programs):
+                    self.begin_anew(*programs)
+
+    def begin_anew(self, *programs: Path) -> None:
         with Redis() as redis, contextlib.ExitStack() as stack:
-            one, other = self.pair(stack, redis)
+            one, other = (
+                stack.enter_context(Daemon(program=each, REDIS_URL=redis.url)) for each in programs
+            )
+            for daemon in (one, other):
+                daemon.wait_for_log(UP)
             here, there = (stack.enter_context(each.browser()) for each in (one, other))
             redis.ask("XADD", "popup-notifier", "4000000000000-5", "resumed", "1")
             one.trigger(phone="0")
