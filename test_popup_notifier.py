@@ -7545,9 +7545,13 @@ class BrowserTests(unittest.TestCase):
                 daemon.trigger("&uniqueid=1.1&event=end", "1")
                 for tab in tabs:
                     self.wait_for_rows(tab, ("missed new", "1"))
-                tabs[0].evaluate("dispatchEvent(new Event('focus'))")
-                # Whose agent has looked at the other.
-                self.wait_for_rows(tabs[1], ("missed", "1"))
+
+                def is_seen_there() -> bool:
+                    tabs[0].evaluate("dispatchEvent(new Event('focus'))")
+                    row = "document.querySelector('#calls tbody tr').className"
+                    return bool(tabs[1].evaluate(row) == "missed")
+
+                until(is_seen_there, "the other tab knows that its agent has looked")
 
     def test_desk_at_midnight(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
