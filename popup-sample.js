@@ -346,14 +346,14 @@
       const { exten = 'all', event = 'ring', name = '', uniqueid } = data;
       const phone = (data.phone || '').trim();
       // An answer or end without uniqueid belongs to the last call of that caller.
-      const last = event !== 'ring' && refresh().find((one) => !one.isNamed && one.phone === phone);
-      const id = uniqueid || last?.id || key || `${phone} ${time}`;
+      const findLast = () => refresh().find((one) => !one.isNamed && one.phone === phone)?.id;
+      const id = uniqueid || (event !== 'ring' && findLast()) || key || `${phone} ${time}`;
       const isLate = n.now - time > LATE;
       const isMine = splitList(exten).some((one) => concerns(mine, one));
       const call = calls.get(id) || newCall(id, Boolean(uniqueid));
       learn(call, { event, exten, phone, name, time, isLate });
       calls.set(id, call);
-      refresh();
+      call.state = stateOf(call, mine, n.now);
       const answer = guard(options.onCall, {
         key, phone, exten, name, event, data, uniqueid: id, time: new Date(time), mine: isMine,
         missed: isLate && event === 'ring',

@@ -4668,8 +4668,9 @@ DESK_PAGE = r"""<!doctype html>
     shown.sort((a, b) => b.began - a.began || (b.uniqueid > a.uniqueid ? 1 : -1));
     const ids = shown.map(({ uniqueid }) => uniqueid);
     rows.forEach((row, id) => {
-      if (!ids.includes(id)) row.remove();
-      if (!ids.includes(id)) rows.delete(id);
+      if (ids.includes(id)) return;
+      row.remove();
+      rows.delete(id);
     });
     shown.forEach((call, index) => {
       const body = find('#calls tbody');
@@ -4707,7 +4708,6 @@ DESK_PAGE = r"""<!doctype html>
     const put = (selector, text) => {
       const node = row.querySelector(selector);
       if (node.textContent !== text) node.textContent = text;
-      return node;
     };
     row.className = isNew(call) ? `${state} new` : state;
     put('.state', title);
@@ -4744,10 +4744,9 @@ DESK_PAGE = r"""<!doctype html>
   if (!window.PopupNotifier) onStatus({ state: 'connecting', text: say('script') });
 
   // What can be set, and is remembered.
-  // Also as a Japanese input method writes it; who types "all" does not mean one of that name.
+  // Who types "all" does not mean an extension of that name.
   function plainExten(text) {
-    const plain = text.normalize('NFKC').replace(/、/g, ',').trim();
-    return WORDS.all.includes(plain.toLowerCase()) ? '' : plain;
+    return WORDS.all.includes(text.normalize('NFKC').trim().toLowerCase()) ? '' : text;
   }
   const remembered = query.get('exten') ?? kept.exten;
   const exten = plainExten(remembered || '');
