@@ -43,6 +43,7 @@
   const LATE = 30000;             // ms: a call that is older than this on arrival never does
   const OVERTAKING = 3000;        // ms: a ring this soon after an answer or an end was sent before it
   const ENDED = 20000;            // ms that a card stays once its call has ended
+  const LONGEST_CALL = 10800000;  // ms without news after which a call is over: its end was lost
   const FORGOTTEN = 43200000;     // ms without news after which a call is not known any more
   const CLAIM_LIFE = 600000;      // ms that a tab keeps a call from the others, which may hear of it late
   const REPEAT = 3000;            // ms: the same for a call without a key, which may well come again
@@ -241,7 +242,8 @@
     const ringing = rangAt && (!settledAt || rangAt - settledAt >= OVERTAKING);
     const fresh = now - rangAt < RINGING && !isLate;
     const here = holders.some(isMine);
-    const is = { rangAt, called, answeredAt, holders, ended, seen, ringing, fresh, here };
+    const over = ended || (now - seen > LONGEST_CALL && seen);
+    const is = { rangAt, called, answeredAt, holders, ended: over, seen, ringing, fresh, here };
     const [kind, , since, extens, stays] = STATES.find(([, holds]) => holds(is));
     const isOver = kind === 'ended' && !mine.length; // who watches all calls need not see them end
     return {

@@ -6671,6 +6671,22 @@ class BrowserTests(unittest.TestCase):
             [[head, *_]] = toasts(tab, 1)
             self.assertRegex(head, r"^着信あり \d\d:\d\d 2回目$")
 
+    def test_call_whose_end_was_lost_is_over_after_three_hours(self) -> None:
+        now = 1763870000000
+        messages: list[dict[str, Any]] = [
+            {"type": "HELLO", "id": "5-0", "complete": True, "interval": 25, "time": now}
+        ]
+        for phone, hours in (("1", 3.01), ("2", 2.99)):
+            data = {"event": "answer", "exten": "201", "phone": phone, "uniqueid": phone}
+            fields = {"type": "CALL_IN", "id": "5-1", "key": phone, "data": data}
+            messages.append({**fields, "time": now - int(hours * 3600000)})
+        with FakeDaemon(*messages) as daemon:
+            code = "const n = PopupNotifier.connect();"
+            tab = self.open(self.site.page(daemon.port, code=code, manual="", exten="201"))
+            wait_for_phones(tab, "2")
+            states = tab.evaluate("n.calls.map(({ phone, state }) => [phone, state])")
+        self.assertEqual(states, [["1", "ended"], ["2", "talking"]])
+
     # (what it is, [(event, exten, seconds)], the state for 201, its extensions)
     CALLS: ClassVar[list[tuple[str, list[tuple[str, str, int]], str, str]]] = [
         ("answered", [("ring", "201", 0), ("answer", "201", 9)], "talking", "201"),
