@@ -103,13 +103,24 @@ def faketime() -> str:
     return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
 
 
+CLAIMS: collections.deque[int] = collections.deque()  # descriptors of the last ports' claims
+
+
 def free_port() -> int:
-    """Return a port that nobody listens on, below those that the kernel gives to connections."""
+    """Return a port that nobody listens on, below those that the kernel gives to connections.
+
+    An abstract socket claims it from other runs of these tests until a daemon listens there.
+    """
     while True:
         port = random.randrange(10000, 32000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
-            return port
+        with socket.socket(socket.AF_UNIX) as claim, socket.socket() as probe:
+            with contextlib.suppress(OSError):
+                claim.bind(f"\0popup-notifier-test-port-{port}")
+                probe.bind(("", port))
+                CLAIMS.append(claim.detach())
+                if len(CLAIMS) > 50:
+                    os.close(CLAIMS.popleft())
+                return port
 
 
 class Daemon:
@@ -4417,7 +4428,7 @@ class TestServiceManager(unittest.TestCase):
     """sd_notify(3), by a socket that plays systemd."""
 
     def test_what_systemd_is_told(self) -> None:
-        name = f"popup-notifier-test-{os.getpid()}"
+        name = f"popup-notifier-test-{os.urandom(8).hex()}"
         for address, shown in ((f"\0{name}", f"@{name}"), ("", "")):
             with self.subTest(shown), tempfile.TemporaryDirectory() as folder:
                 path = address or str(Path(folder, "notify"))
