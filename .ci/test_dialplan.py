@@ -700,6 +700,7 @@ class TestDialplan(unittest.TestCase):
     maxDiff = None
     pbx: ClassVar[subprocess.Popen[bytes]]
     phones: ClassVar[dict[str, Phone]]
+    text: str  # of the daemon's configuration
     daemon: Daemon
     browser: Browser
 
@@ -743,8 +744,8 @@ class TestDialplan(unittest.TestCase):
 
     def setUp(self) -> None:
         text = (REPOSITORY / "popup-notifier.conf").read_text()
-        text += "\nPING_INTERVAL=3600\n"  # a ping is not what the tests wait for
-        self.daemon = self.enterContext(Daemon(text=text))
+        self.text = text + "\nPING_INTERVAL=3600\n"  # a ping is not what the tests wait for
+        self.daemon = self.enterContext(Daemon(text=self.text))
         self.daemon.port = 8989
         self.browser = self.enterContext(self.daemon.browser())
         self.browser.sock.settimeout(CALL_TIMEOUT)
@@ -759,7 +760,7 @@ class TestDialplan(unittest.TestCase):
         """Hang up; return when no channel is left: all that was to be told has been told."""
         for phone in self.phones.values():
             phone.forget()
-        for _ in range(100):
+        for _ in range(300):  # an end that nobody answers is sent again for 10 s
             if "\n0 active channels" in "\n" + self.cli("core show channels count"):
                 break
             time.sleep(0.1)
@@ -956,6 +957,18 @@ class TestDialplan(unittest.TestCase):
         self.end_calls()
         self.daemon.stop()
         self.make_calls("is down")
+
+    def test_end_of_a_call_outlasts_a_restart_of_the_daemon(self) -> None:
+        call = self.phones["caller"].dial(PBX["PJSIP"], "0312345678", caller_id())
+        self.phones["201"].leg("ringing").answer()
+        (ring, _) = self.messages(2)
+        self.daemon.stop()
+        call.hang_up()
+        deadline = time.monotonic() + CALL_TIMEOUT
+        while "Wait(" not in self.cli("core show channels"):
+            self.assertLess(time.monotonic(), deadline, "the end is not sent again")
+        again = self.enterContext(Daemon(text=self.text))
+        again.wait_for_log(f'call .*: end .* uniqueid="{ring["uniqueid"]}"')
 
     def curl(self) -> bytes:
         """Return the command line of a curl that runs."""
