@@ -5782,13 +5782,15 @@ class Chromium(WebBrowser):
             self.console.append(" ".join(str(each.get("value")) for each in params["args"]))
         elif method == "Runtime.exceptionThrown":
             self.console.append(json.dumps(params["exceptionDetails"]))
+        elif method == "Log.entryAdded" and params["entry"]["source"] == "network":
+            self.console.append("{text} {url}".format_map(params["entry"]))
 
     def open(self, url: str, before: str = "") -> Tab:
         target = self.call("Target.createTarget", {"url": "about:blank"})["targetId"]
         attached = self.call("Target.attachToTarget", {"targetId": target, "flatten": True})
         tab = ChromiumTab(self, attached["sessionId"])
         tab.target = target
-        for domain in ("Page", "Runtime"):
+        for domain in ("Page", "Runtime", "Log"):
             tab.call(f"{domain}.enable")
         tab.call("Page.addScriptToEvaluateOnNewDocument", source=before)
         tab.navigate(url)
