@@ -4874,7 +4874,7 @@ def page_policy(page: str) -> str:
 STDERR = 2
 SERVICE_USER = "popup-notifier"  # of popup-notifier.service
 TCP_LISTEN = "0A"  # a state in /proc/net/tcp
-ANY_PAGE = "any web page that is open there can listen, for CRMWS_ORIGINS is empty"
+ANY_PAGE = "CRMWS_ORIGINS is empty: any page open on an admitted PC can listen"
 MAX_FILES = 1 << 20  # open files we ask for at most: some systems have no limit but want one
 BASE_FILES = 16  # descriptors for ourselves: listener, selectors, wakers, log, a file read
 JOURNAL_PRIORITIES = {
@@ -5177,7 +5177,7 @@ def check(path: Path) -> None:
     for line in describe_config(config):
         print(line)
     if not config.crmws_origins.patterns:
-        warnings.append("CRMWS_ORIGINS is empty: any page open on an admitted PC can listen")
+        warnings.append(ANY_PAGE)
     user = service_user()
     warnings += ports_taken(config, user.pw_uid if user else os.geteuid())
     for warning in warnings:
