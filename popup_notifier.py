@@ -4635,7 +4635,7 @@ DESK_PAGE = r"""<!doctype html>
     silent: ['The daemon does not answer.', 'デーモンが応答しません。'],
     script: ['popup-sample.js is missing on the server: its log says where it belongs.',
       'サーバに popup-sample.js がありません。置き場所はサーバのログに出ています。'],
-    address: ['Browser', 'ブラウザ'], origin: ['Page', 'ページ'], refused: ['Refused', '拒否'],
+    address: ['Address', 'アドレス'], origin: ['Page', 'ページ'], refused: ['Refused', '拒否'],
   };
   const isJapanese = /^ja\b/i.test(navigator.language);
   const say = (word) => WORDS[word][isJapanese ? 1 : 0];
@@ -4831,7 +4831,7 @@ DESK_PAGE = r"""<!doctype html>
       return;
     }
     const { version, count, browsers, refusals, redis, asterisk } = await answer.json();
-    const facts = [`popup-notifier ${version}`, `${count} browsers`];
+    const facts = [`popup-notifier ${version}`, `browsers: ${count}`];
     find('#facts').textContent = [...facts, redis, asterisk].filter(Boolean).join('\n');
     list('#browsers', browsers.map(({ address, extens, origin }) => (
       [address, extens.join(', ') || say('all'), origin])));

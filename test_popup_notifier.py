@@ -6383,7 +6383,7 @@ LOOKS: dict[str, tuple[tuple[int, int, float], dict[str, str]]] = {
     "evening": ((800, 480, 1), {}),
 }
 
-README_PICTURES = {"chromium-low.png": "cards.png", "chromium-dark-low.png": "cards-dark.png"}
+README_PICTURES = {"chromium-low.png": "cards.png"}
 
 
 def contrast(one: str, other: str) -> float:
