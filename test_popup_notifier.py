@@ -309,6 +309,14 @@ def patched(*statements: str) -> Iterator[Path]:
         yield program
 
 
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for what gives no sign of itself, such as a count in /proc."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.01)
+
+
 def receive_all(sock: socket.socket) -> bytes:
     """Return what arrives until the other side hangs up."""
     parts = []
@@ -324,6 +332,15 @@ def receive_all(sock: socket.socket) -> bytes:
 def status_of(answer: bytes) -> int:
     """Return a response's status; 0 when there is none."""
     return int(answer.split()[1]) if answer.startswith(b"HTTP/1.1 ") else 0
+
+
+def trigger_request(query: str, head: str, body: bytes) -> bytes:
+    """Return the bytes of a trigger; {token} stands for the right one."""
+    length = f"Content-Length: {len(body.replace(b'{token}', TOKEN.encode()))}\r\n" if body else ""
+    text = f"POST /api/trigger{query} HTTP/1.1\r\nHost: pbx\r\n{head}{length}\r\n"
+    return text.encode().replace(b"{token}", TOKEN.encode()) + body.replace(
+        b"{token}", TOKEN.encode()
+    )
 
 
 KEY = base64.b64encode(b"0123456789abcdef").decode()
@@ -430,6 +447,45 @@ class Browser:
         self.send(Opcode.CLOSE, payload[:2])
         assert receive_all(self.sock) == b"", "something behind Close"
         return int.from_bytes(payload[:2], "big"), payload[2:].decode()
+
+
+def call_id(message: dict[str, Any]) -> tuple[int, ...]:
+    """Return a message's ID so that it compares."""
+    return tuple(map(int, message["id"].split("-")))
+
+
+def reset(sock: socket.socket) -> None:
+    """Close a connection by RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def wait_for_reset(sock: socket.socket) -> None:
+    """Wait until a connection is gone, whether or not what came before was read."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    assert poll.poll(TIMEOUT * 1000), "the connection stands"
+
+
+def readme_halves() -> list[str]:
+    """Return the README's halves, Japanese and English."""
+    return (HERE / "README.md").read_text().split("\n# English\n")
+
+
+def documents() -> dict[str, tuple[str, str]]:
+    """Return the README and its longer pages by name, each in Japanese and English."""
+    japanese, english = readme_halves()
+    pages = {"README.md": (japanese, english)}
+    for path in sorted((HERE / ".readme").glob("*.ja.md")):
+        name = path.name.removesuffix(".ja.md")
+        pages[name] = path.read_text(), path.with_name(f"{name}.en.md").read_text()
+    return pages
+
+
+def readme_blocks(language: str) -> list[str]:
+    """Return the code blocks in a language, of the README and then its pages."""
+    text = "".join(japanese for japanese, _ in documents().values())
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 # --- 1. Configuration --------------------------------------------------------------------------
@@ -646,6 +702,106 @@ class TestConfig(unittest.TestCase):
         ):
             with self.subTest(lines):
                 self.assertEqual(self.parse(f"SECRET_TOKEN=t\n{lines}")[1], expected)
+
+
+# (URL, address, TLS, login, database, stream)
+GOOD_URLS: list[tuple[str, Any, bool, tuple[str, ...], int, str]] = [
+    ("redis://h", ("h", 6379), False, (), 0, "popup-notifier"),
+    ("redis://h:1/2", ("h", 1), False, (), 2, "popup-notifier"),
+    ("rediss://:p@h/", ("h", 6379), True, ("p",), 0, "popup-notifier"),
+    ("redis://u:p%40%2F%25@[::1]:7/3", ("::1", 7), False, ("u", "p@/%"), 3, "popup-notifier"),
+    ("redis://h?stream=calls", ("h", 6379), False, (), 0, "calls"),
+    ("unix:///run/r.sock", "/run/r.sock", False, (), 0, "popup-notifier"),
+    ("unix://u:p@/run/r.sock?db=4", "/run/r.sock", False, ("u", "p"), 4, "popup-notifier"),
+]
+
+BAD_URLS = [
+    ("h:6379", "does not begin with"),
+    ("http://h", "does not begin with"),
+    ("redis://", "names no host"),
+    ("redis://redis..local", "percent form"),
+    ("redis://h:x", "percent form"),
+    ("redis://h:99999", "percent form"),
+    ("redis://:geheim/geheim@h", "percent form"),
+    ("redis://[::1", "percent form"),
+    ("redis://h/x", "number of a database"),
+    ("redis://h/0?geheim=1", "something unknown"),
+    ("redis://h/0#geheim", "something unknown"),
+    ("redis://h/0?stream=", "something unknown"),
+    ("redis://h/0?geheim=", "something unknown"),
+    ("redis://geheim@h", "user without a password"),
+    ("unix://run/r.sock", "is not unix:///"),
+    ("unix:///run/r.sock?db=x", "number of a database"),
+]
+
+
+class TestRedisURL(unittest.TestCase):
+    """REDIS_URL."""
+
+    def test_good(self) -> None:
+        for text, *expected in GOOD_URLS:
+            with self.subTest(text):
+                self.assertEqual([*popup_notifier.parse_redis_url(text)], expected)
+
+    def test_bad_is_a_mistake_in_the_configuration_that_shows_no_password(self) -> None:
+        for text, expected in BAD_URLS:
+            with self.subTest(text), self.assertRaises(ConfigError) as caught:
+                parse_config(f"SECRET_TOKEN=t\nREDIS_URL={text}".encode(), "f")
+            self.assertIn("f:2: REDIS_URL: ", str(caught.exception))
+            self.assertIn(expected, str(caught.exception))
+            self.assertNotIn("geheim", str(caught.exception))
+
+
+# (URL, host, port, user, secret)
+GOOD_MANAGER_URLS = [
+    ("ami://popup:secret@127.0.0.1", "127.0.0.1", 5038, "popup", "secret"),
+    ("AMI://u:p%40%2F%25%3A@[::1]:7/", "::1", 7, "u", "p@/%:"),
+]
+
+BAD_MANAGER_URLS = [
+    ("127.0.0.1:5038", "does not begin with ami://"),
+    ("amis://u:geheim@h", "there is no TLS"),
+    ("ami://u:geheim", "is not a URL that can be read"),
+    ("ami://h", "is not ami://user:secret@host:port"),
+    ("ami://geheim@h", "is not ami://user:secret@host:port"),
+    ("ami://u:geheim@h/geheim", "is not ami://user:secret@host:port"),
+    ("ami://u:ge#heim@h", "percent form"),
+    ("ami://u:geheim@h:x", "percent form"),
+    ("ami://u:geheim%0d%0aAction:%20Logoff@h", "a line end"),
+    ("ami://u%0a:geheim@h", "a line end"),
+]
+
+
+class TestManagerURL(unittest.TestCase):
+    """AMI_URL and AMI_TRUNKS."""
+
+    def parse(self, text: str) -> popup_notifier.Config:
+        return parse_config(f"SECRET_TOKEN=t\n{text}".encode(), "f")[0]
+
+    def test_good(self) -> None:
+        for text, *expected in GOOD_MANAGER_URLS:
+            with self.subTest(text):
+                self.assertEqual([*popup_notifier.parse_manager_url(text)], expected)
+
+    def test_bad_is_a_mistake_in_the_configuration_that_shows_no_secret(self) -> None:
+        for text, expected in BAD_MANAGER_URLS:
+            with self.subTest(text), self.assertRaises(ConfigError) as caught:
+                self.parse(f"AMI_TRUNKS=p\nAMI_URL={text}")
+            self.assertIn("f:3: AMI_URL: ", str(caught.exception))
+            self.assertIn(expected, str(caught.exception))
+            self.assertNotIn("heim", str(caught.exception))
+
+    def test_one_without_the_other(self) -> None:
+        with self.assertRaisesRegex(ConfigError, "AMI_URL needs .* AMI_TRUNKS=provider for"):
+            self.parse("AMI_URL=ami://u:p@h")
+        with self.assertRaisesRegex(ConfigError, "AMI_TRUNKS is for AMI_URL, which is missing"):
+            self.parse("AMI_TRUNKS=provider")
+
+    def test_check_says_as_what_and_where(self) -> None:
+        config = self.parse("AMI_URL=ami://u:geheim@[::1]\nAMI_TRUNKS= B-2, a")
+        lines = [*popup_notifier.describe_config(config)]
+        self.assertIn("AMI_URL=u@[::1]:5038", lines)
+        self.assertIn("AMI_TRUNKS=a,b-2", lines)
 
 
 # --- 2. Access lists ---------------------------------------------------------------------------
@@ -1761,17 +1917,6 @@ class TestRecovery(unittest.TestCase):
                     self.assertEqual(browser.phones(1), ["1"])
 
 
-def call_id(message: dict[str, Any]) -> tuple[int, ...]:
-    """Return a message's ID so that it compares."""
-    return tuple(map(int, message["id"].split("-")))
-
-
-def reset(sock: socket.socket) -> None:
-    """Close a connection by RST."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
-
-
 # --- 7. HTTP -----------------------------------------------------------------------------------
 
 # (what it is, head without the empty line, status or None when it is a request)
@@ -2036,15 +2181,6 @@ HOSTILE = [
     "👩\u200d👩\u200d👧 e\u0301",
     "山田" * 100,
 ]
-
-
-def trigger_request(query: str, head: str, body: bytes) -> bytes:
-    """Return the bytes of a trigger; {token} stands for the right one."""
-    length = f"Content-Length: {len(body.replace(b'{token}', TOKEN.encode()))}\r\n" if body else ""
-    text = f"POST /api/trigger{query} HTTP/1.1\r\nHost: pbx\r\n{head}{length}\r\n"
-    return text.encode().replace(b"{token}", TOKEN.encode()) + body.replace(
-        b"{token}", TOKEN.encode()
-    )
 
 
 class TestHead(unittest.TestCase):
@@ -2550,27 +2686,21 @@ class TestTLS(unittest.TestCase):
             daemon.wait_for_log("browser gone", 60)
             until(lambda: daemon.descriptors() == before, "their descriptors are free")
 
-    @needs("chromium")
-    def test_desk_over_https_in_chromium(self) -> None:
-        public = subprocess.run(
-            "openssl x509 -pubkey -noout -in good.pem | openssl pkey -pubin -outform der"
-            " | openssl dgst -sha256 -binary | base64",
-            shell=True,
-            check=True,
-            capture_output=True,
-            text=True,
-            cwd=self.folder.name,
-        ).stdout.strip()
-        trust = f"--ignore-certificate-errors-spki-list={public}"
-        with self.daemon() as (daemon, port), Chromium(trust) as browser:
-            tab = browser.open(f"https://127.0.0.1:{port}/")
-            tab.wait_for("document.querySelector('#state.open')")
-            self.assertEqual(tab.evaluate("location.protocol"), "https:")
-            daemon.trigger()
-            tab.wait_for("document.querySelector('tbody').textContent.includes('0312345678')")
-
 
 # --- 10. Redis ---------------------------------------------------------------------------------
+
+
+def redis_metrics(daemon: Daemon) -> dict[str, float]:
+    """Return what /metrics says of Redis."""
+    answer = daemon.exchange(b"GET /metrics HTTP/1.1\r\nHost: h\r\n\r\n").decode()
+    found = re.findall(r"^popup_notifier_(redis\S*) (\S+)$", answer, re.MULTILINE)
+    return {name: float(value) for name, value in found}
+
+
+def waiting_calls(daemon: Daemon) -> float:
+    """Return how many of a daemon's calls are not in the stream."""
+    return redis_metrics(daemon)["redis_waiting_calls"]
+
 
 REDIS_PASSWORD = "p@ss/word:that#no?log may show"
 
@@ -2600,36 +2730,6 @@ BAD_REPLIES = [
     ("too long a string", b"$1048577\r\n"),
     ("too long a list", b"*65537\r\n"),
     ("too deep", b"*1\r\n" * 9),
-]
-
-# (URL, address, TLS, login, database, stream)
-GOOD_URLS: list[tuple[str, Any, bool, tuple[str, ...], int, str]] = [
-    ("redis://h", ("h", 6379), False, (), 0, "popup-notifier"),
-    ("redis://h:1/2", ("h", 1), False, (), 2, "popup-notifier"),
-    ("rediss://:p@h/", ("h", 6379), True, ("p",), 0, "popup-notifier"),
-    ("redis://u:p%40%2F%25@[::1]:7/3", ("::1", 7), False, ("u", "p@/%"), 3, "popup-notifier"),
-    ("redis://h?stream=calls", ("h", 6379), False, (), 0, "calls"),
-    ("unix:///run/r.sock", "/run/r.sock", False, (), 0, "popup-notifier"),
-    ("unix://u:p@/run/r.sock?db=4", "/run/r.sock", False, ("u", "p"), 4, "popup-notifier"),
-]
-
-BAD_URLS = [
-    ("h:6379", "does not begin with"),
-    ("http://h", "does not begin with"),
-    ("redis://", "names no host"),
-    ("redis://redis..local", "percent form"),
-    ("redis://h:x", "percent form"),
-    ("redis://h:99999", "percent form"),
-    ("redis://:geheim/geheim@h", "percent form"),
-    ("redis://[::1", "percent form"),
-    ("redis://h/x", "number of a database"),
-    ("redis://h/0?geheim=1", "something unknown"),
-    ("redis://h/0#geheim", "something unknown"),
-    ("redis://h/0?stream=", "something unknown"),
-    ("redis://h/0?geheim=", "something unknown"),
-    ("redis://geheim@h", "user without a password"),
-    ("unix://run/r.sock", "is not unix:///"),
-    ("unix:///run/r.sock?db=x", "number of a database"),
 ]
 
 
@@ -2672,23 +2772,6 @@ class TestReply(unittest.TestCase):
             popup_notifier.serialize_command("XADD", "\r\n", 5, "é"),
             b"*4\r\n$4\r\nXADD\r\n$2\r\n\r\n\r\n$1\r\n5\r\n$2\r\n\xc3\xa9\r\n",
         )
-
-
-class TestRedisURL(unittest.TestCase):
-    """REDIS_URL."""
-
-    def test_good(self) -> None:
-        for text, *expected in GOOD_URLS:
-            with self.subTest(text):
-                self.assertEqual([*popup_notifier.parse_redis_url(text)], expected)
-
-    def test_bad_is_a_mistake_in_the_configuration_that_shows_no_password(self) -> None:
-        for text, expected in BAD_URLS:
-            with self.subTest(text), self.assertRaises(ConfigError) as caught:
-                parse_config(f"SECRET_TOKEN=t\nREDIS_URL={text}".encode(), "f")
-            self.assertIn("f:2: REDIS_URL: ", str(caught.exception))
-            self.assertIn(expected, str(caught.exception))
-            self.assertNotIn("geheim", str(caught.exception))
 
 
 class Redis:
@@ -2750,13 +2833,6 @@ class Redis:
             if isinstance(reply, RedisError):
                 raise reply
             return reply
-
-
-def redis_metrics(daemon: Daemon) -> dict[str, float]:
-    """Return what /metrics says of Redis."""
-    answer = daemon.exchange(b"GET /metrics HTTP/1.1\r\nHost: h\r\n\r\n").decode()
-    found = re.findall(r"^popup_notifier_(redis\S*) (\S+)$", answer, re.MULTILINE)
-    return {name: float(value) for name, value in found}
 
 
 UP = "Redis is up"
@@ -3460,11 +3536,6 @@ class TestRelayUnderFire(unittest.TestCase):
         self.assertEqual(answered - agent.heard, set(), "calls are missing")
 
 
-def waiting_calls(daemon: Daemon) -> float:
-    """Return how many of a daemon's calls are not in the stream."""
-    return redis_metrics(daemon)["redis_waiting_calls"]
-
-
 # --- 11. Asterisk ------------------------------------------------------------------------------
 
 # What Asterisk 22 sent of real calls, and 16 where it is said, in the order in which it came. A
@@ -3673,57 +3744,6 @@ RECORDED = [
         "",
     ),
 ]
-
-# (URL, host, port, user, secret)
-GOOD_MANAGER_URLS = [
-    ("ami://popup:secret@127.0.0.1", "127.0.0.1", 5038, "popup", "secret"),
-    ("AMI://u:p%40%2F%25%3A@[::1]:7/", "::1", 7, "u", "p@/%:"),
-]
-
-BAD_MANAGER_URLS = [
-    ("127.0.0.1:5038", "does not begin with ami://"),
-    ("amis://u:geheim@h", "there is no TLS"),
-    ("ami://u:geheim", "is not a URL that can be read"),
-    ("ami://h", "is not ami://user:secret@host:port"),
-    ("ami://geheim@h", "is not ami://user:secret@host:port"),
-    ("ami://u:geheim@h/geheim", "is not ami://user:secret@host:port"),
-    ("ami://u:ge#heim@h", "percent form"),
-    ("ami://u:geheim@h:x", "percent form"),
-    ("ami://u:geheim%0d%0aAction:%20Logoff@h", "a line end"),
-    ("ami://u%0a:geheim@h", "a line end"),
-]
-
-
-class TestManagerURL(unittest.TestCase):
-    """AMI_URL and AMI_TRUNKS."""
-
-    def parse(self, text: str) -> popup_notifier.Config:
-        return parse_config(f"SECRET_TOKEN=t\n{text}".encode(), "f")[0]
-
-    def test_good(self) -> None:
-        for text, *expected in GOOD_MANAGER_URLS:
-            with self.subTest(text):
-                self.assertEqual([*popup_notifier.parse_manager_url(text)], expected)
-
-    def test_bad_is_a_mistake_in_the_configuration_that_shows_no_secret(self) -> None:
-        for text, expected in BAD_MANAGER_URLS:
-            with self.subTest(text), self.assertRaises(ConfigError) as caught:
-                self.parse(f"AMI_TRUNKS=p\nAMI_URL={text}")
-            self.assertIn("f:3: AMI_URL: ", str(caught.exception))
-            self.assertIn(expected, str(caught.exception))
-            self.assertNotIn("heim", str(caught.exception))
-
-    def test_one_without_the_other(self) -> None:
-        with self.assertRaisesRegex(ConfigError, "AMI_URL needs .* AMI_TRUNKS=provider for"):
-            self.parse("AMI_URL=ami://u:p@h")
-        with self.assertRaisesRegex(ConfigError, "AMI_TRUNKS is for AMI_URL, which is missing"):
-            self.parse("AMI_TRUNKS=provider")
-
-    def test_check_says_as_what_and_where(self) -> None:
-        config = self.parse("AMI_URL=ami://u:geheim@[::1]\nAMI_TRUNKS= B-2, a")
-        lines = [*popup_notifier.describe_config(config)]
-        self.assertIn("AMI_URL=u@[::1]:5038", lines)
-        self.assertIn("AMI_TRUNKS=a,b-2", lines)
 
 
 class TestManagerParser(unittest.TestCase):
@@ -5019,14 +5039,6 @@ ROUNDS = int(os.environ.get("POPUP_TEST_ROUNDS", "25"))  # SIGTERM at so many ra
 OURS = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} [A-Z]+ [^\x00-\x1f\x7f-\x9f]+")
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for what gives no sign of itself, such as a count in /proc."""
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.01)
-
-
 def allow_files(count: int) -> None:
     """Let this process have so many open files; skip the test, aloud, where that is forbidden."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -5034,13 +5046,6 @@ def allow_files(count: int) -> None:
         raise unittest.SkipTest(f"{count} open files are needed, the hard limit is {hard}")
     if soft != resource.RLIM_INFINITY and soft < count:
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
-
-
-def wait_for_reset(sock: socket.socket) -> None:
-    """Wait until a connection is gone, whether or not what came before was read."""
-    poll = select.poll()
-    poll.register(sock, 0)
-    assert poll.poll(TIMEOUT * 1000), "the connection stands"
 
 
 class TestSlowBrowsers(unittest.TestCase):
@@ -7628,6 +7633,17 @@ class BrowserTests(unittest.TestCase):
             self.open_desk(daemon, "")
             daemon.wait_for_log('browser connected.* exten="201"', 2)
 
+    @needs("openssl")
+    def test_desk_over_https(self) -> None:
+        port = free_port()
+        with tempfile.TemporaryDirectory() as folder:
+            settings: dict[str, Any] = {"USE_SSL": "yes", **Certificates(folder).make("pbx")}
+            with Daemon(CLIENT_PORT=port, **settings) as daemon:
+                tab = self.open(f"https://127.0.0.1:{port}/?exten=201", NO_CHANCE)
+                tab.wait_for("document.querySelector('#state.open')")
+                daemon.trigger("&exten=201&uniqueid=1.1")
+                self.wait_for_rows(tab, ("ringing", "0312345678"))
+
     def test_desk_takes_an_extension_as_an_agent_writes_it(self) -> None:
         with Daemon() as daemon:
             for text, exten in (
@@ -7799,27 +7815,6 @@ del BrowserTests  # unittest would run it by itself
 
 
 # --- Other programs ----------------------------------------------------------------------------
-
-
-def readme_halves() -> list[str]:
-    """Return the README's halves, Japanese and English."""
-    return (HERE / "README.md").read_text().split("\n# English\n")
-
-
-def documents() -> dict[str, tuple[str, str]]:
-    """Return the README and its longer pages by name, each in Japanese and English."""
-    japanese, english = readme_halves()
-    pages = {"README.md": (japanese, english)}
-    for path in sorted((HERE / ".readme").glob("*.ja.md")):
-        name = path.name.removesuffix(".ja.md")
-        pages[name] = path.read_text(), path.with_name(f"{name}.en.md").read_text()
-    return pages
-
-
-def readme_blocks(language: str) -> list[str]:
-    """Return the code blocks in a language, of the README and then its pages."""
-    text = "".join(japanese for japanese, _ in documents().values())
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def daemon_behind_a_proxy() -> Daemon:
