@@ -588,7 +588,7 @@ class TestConfig(unittest.TestCase):
         self.assertEqual(str(config.crmws_allow), "127.0.0.1/32, 192.168.0.0/16")
         self.assertEqual(oddities, [])
 
-    def test_defaults(self) -> None:
+    def test_keys_that_are_not_given_have_their_defaults(self) -> None:
         config, _ = self.parse("SECRET_TOKEN=t")
         self.assertEqual((config.port, config.listen), (8080, None))
         self.assertEqual((config.ping_interval, config.max_browsers), (25, 10000))
@@ -738,12 +738,12 @@ BAD_URLS = [
 class TestRedisURL(unittest.TestCase):
     """REDIS_URL."""
 
-    def test_good(self) -> None:
+    def test_url_says_where_redis_is_and_who_we_are_there(self) -> None:
         for text, *expected in GOOD_URLS:
             with self.subTest(text):
                 self.assertEqual([*popup_notifier.parse_redis_url(text)], expected)
 
-    def test_bad_is_a_mistake_in_the_configuration_that_shows_no_password(self) -> None:
+    def test_bad_url_is_a_mistake_that_shows_no_password(self) -> None:
         for text, expected in BAD_URLS:
             with self.subTest(text), self.assertRaises(ConfigError) as caught:
                 parse_config(f"SECRET_TOKEN=t\nREDIS_URL={text}".encode(), "f")
@@ -778,12 +778,12 @@ class TestManagerURL(unittest.TestCase):
     def parse(self, text: str) -> popup_notifier.Config:
         return parse_config(f"SECRET_TOKEN=t\n{text}".encode(), "f")[0]
 
-    def test_good(self) -> None:
+    def test_url_says_where_asterisk_is_and_who_we_are_there(self) -> None:
         for text, *expected in GOOD_MANAGER_URLS:
             with self.subTest(text):
                 self.assertEqual([*popup_notifier.parse_manager_url(text)], expected)
 
-    def test_bad_is_a_mistake_in_the_configuration_that_shows_no_secret(self) -> None:
+    def test_bad_url_is_a_mistake_that_shows_no_secret(self) -> None:
         for text, expected in BAD_MANAGER_URLS:
             with self.subTest(text), self.assertRaises(ConfigError) as caught:
                 self.parse(f"AMI_TRUNKS=p\nAMI_URL={text}")
@@ -833,7 +833,7 @@ ACCESS = [
 class TestAccessList(unittest.TestCase):
     """Who may do what."""
 
-    def test_table(self) -> None:
+    def test_addresses_in_a_network_of_the_list_are_allowed(self) -> None:
         for text, peer, allowed in ACCESS:
             with self.subTest(list=text, peer=peer):
                 networks = popup_notifier.parse_networks(text)
@@ -893,7 +893,7 @@ ORIGINS: list[tuple[str, str | None, bool]] = [
 class TestClientAddress(unittest.TestCase):
     """X-Forwarded-For, believed only from trusted proxies."""
 
-    def test_table(self) -> None:
+    def test_x_forwarded_for_is_believed_of_trusted_proxies_alone(self) -> None:
         for peer, forwarded, proxies, expected in FORWARDED:
             with self.subTest(peer=peer, forwarded=forwarded, proxies=proxies):
                 arguments = (ip_address(peer), forwarded, popup_notifier.parse_networks(proxies))
@@ -936,7 +936,7 @@ class TestClientAddress(unittest.TestCase):
 class TestOrigins(unittest.TestCase):
     """Whose pages may connect."""
 
-    def test_table(self) -> None:
+    def test_origins_that_match_an_entry_or_pattern_are_allowed(self) -> None:
         for text, origin, allowed in ORIGINS:
             with self.subTest(list=text, origin=origin):
                 self.assertIs(popup_notifier.parse_origins(text).allows(origin), allowed)
@@ -1107,7 +1107,7 @@ class TestHandshake(unittest.TestCase):
 class TestFrame(unittest.TestCase):
     """RFC 6455 section 5.2."""
 
-    def test_lengths(self) -> None:
+    def test_payload_length_takes_7_16_or_64_bits(self) -> None:
         for size, head in [
             (0, b"\x81\x00"),
             (125, b"\x81\x7d"),
@@ -1224,7 +1224,7 @@ class TestWebSocketProtocol(unittest.TestCase):
 class TestCall(unittest.TestCase):
     """What a browser gets."""
 
-    def test_envelope(self) -> None:
+    def test_message_of_a_call_holds_all_that_was_triggered(self) -> None:
         with Daemon() as daemon, daemon.browser() as browser:
             daemon.trigger("&exten=201&name=%E5%B1%B1%E7%94%B0&uniqueid=1.2")
             message = browser.message()
@@ -1330,7 +1330,7 @@ class TestCallTracker(unittest.TestCase):
         ),
     ]
 
-    def test_table(self) -> None:
+    def test_who_got_the_ring_gets_answer_and_end(self) -> None:
         for label, events in self.TABLE:
             tracker, now = popup_notifier.CallTracker(), 1000.0
             for event, exten, delay, told in events:
@@ -1636,7 +1636,7 @@ class TestSubscription(unittest.TestCase):
         ("?x=201", "202", True),
     )
 
-    def test_table(self) -> None:
+    def test_browser_gets_calls_to_its_extensions_and_to_all(self) -> None:
         with Daemon() as daemon:
             for query, exten, is_heard in self.TABLE:
                 with self.subTest(query, exten=exten), daemon.browser(query) as browser:
@@ -2186,7 +2186,7 @@ HOSTILE = [
 class TestHead(unittest.TestCase):
     """RFC 9112, strictly."""
 
-    def test_table(self) -> None:
+    def test_heads_that_two_parsers_read_differently_are_refused(self) -> None:
         for label, head, status in HEADS:
             with self.subTest(label):
                 try:
@@ -2196,7 +2196,7 @@ class TestHead(unittest.TestCase):
                     answered = error.status.value
                 self.assertEqual(answered, status)
 
-    def test_target(self) -> None:
+    def test_target_and_fields_of_a_head(self) -> None:
         request = parse_head(
             b"POST http://pbx:1/a/b?c=d?e HTTP/1.1\r\nHost: h\r\nX-Y: \t z \r\nx-y: 2"
         )
@@ -2207,7 +2207,7 @@ class TestHead(unittest.TestCase):
 class TestTrigger(unittest.TestCase):
     """POST /api/trigger."""
 
-    def test_good(self) -> None:
+    def test_trigger_by_query_form_or_json_is_delivered(self) -> None:
         with Daemon() as daemon, daemon.browser() as browser:
             for label, query, head, body, data in GOOD_TRIGGERS:
                 with self.subTest(label):
@@ -2319,7 +2319,7 @@ class TestTrigger(unittest.TestCase):
 class TestCrossSite(unittest.TestCase):
     """What a foreign page can have a browser send."""
 
-    def test_table(self) -> None:
+    def test_trigger_sent_by_a_foreign_page_is_refused(self) -> None:
         with Daemon() as daemon, daemon.browser() as browser:
             for head, status in [
                 ("Origin: https://evil.example\r\n", 403),
@@ -2338,7 +2338,7 @@ class TestCrossSite(unittest.TestCase):
 class TestBrowserToken(unittest.TestCase):
     """CRMWS_TOKEN."""
 
-    def test_table(self) -> None:
+    def test_browser_without_the_right_token_gets_401(self) -> None:
         token = "for-browsers"
         with Daemon(CRMWS_TOKEN=token) as daemon:
             for query, offered, status, chosen in [
@@ -2743,7 +2743,7 @@ class TestReply(unittest.TestCase):
             replies.append(popup_notifier.read_reply(stream))
         return replies
 
-    def test_replies(self) -> None:
+    def test_replies_of_each_kind(self) -> None:
         for label, stream, expected in GOOD_REPLIES:
             with self.subTest(label):
                 self.assertEqual(self.replies(stream), expected)
@@ -2767,7 +2767,7 @@ class TestReply(unittest.TestCase):
             ):
                 self.replies(stream[:cut])
 
-    def test_command(self) -> None:
+    def test_command_counts_bytes_not_characters(self) -> None:
         self.assertEqual(
             popup_notifier.serialize_command("XADD", "\r\n", 5, "é"),
             b"*4\r\n$4\r\nXADD\r\n$2\r\n\r\n\r\n$1\r\n5\r\n$2\r\n\xc3\xa9\r\n",
@@ -3370,7 +3370,7 @@ class TestRelay(unittest.TestCase):
             self.assertEqual(re.findall(r"^db\d+", databases, re.MULTILINE), ["db2"])
 
     @needs("openssl")
-    def test_tls(self) -> None:
+    def test_rediss_url_needs_a_certificate_that_is_trusted(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             certificates = Certificates(folder)
             keys = certificates.make("redis")
@@ -3903,7 +3903,7 @@ class TestSwitchboard(unittest.TestCase):
         self.assertEqual([each["phone"] for each in told], ["anonymous"] * 2)
         self.assertNotIn("name", told[0])
 
-    def test_trunks(self) -> None:
+    def test_trunk_is_named_with_or_without_its_technology(self) -> None:
         for channel, is_trunk in (
             ("PJSIP/provider-1", True),
             ("IAX2/Provider-1", True),
@@ -4400,7 +4400,7 @@ class TestAsterisk(unittest.TestCase):
 class TestMonitoring(unittest.TestCase):
     """GET /healthz and GET /metrics."""
 
-    def test_health(self) -> None:
+    def test_healthz_says_how_many_browsers_are_connected(self) -> None:
         with Daemon() as daemon, daemon.browser():
             answer = daemon.exchange(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n")
             self.assertEqual((status_of(answer), answer[-14:]), (200, b"OK\n1 browsers\n"))
@@ -4584,7 +4584,7 @@ class TestResources(unittest.TestCase):
         fields, _, body = answer.partition(b"\r\n\r\n")
         return status_of(answer), fields.decode(), body
 
-    def test_desk(self) -> None:
+    def test_desk_and_its_header_fields(self) -> None:
         with Daemon() as daemon:
             status, head, body = self.get(daemon, "/")
         self.assertEqual(status, 200)
@@ -4604,7 +4604,7 @@ class TestResources(unittest.TestCase):
         self.assertEqual([b"/status" in body for *_, body in pages], [True, False, False])
         self.assertEqual([b"admin -->" in body for *_, body in pages], [True, False, False])
 
-    def test_script(self) -> None:
+    def test_script_is_sent_again_only_when_it_has_changed(self) -> None:
         with Daemon() as daemon:
             status, head, body = self.get(daemon, "/popup-sample.js")
             self.assertEqual((status, body), (200, (HERE / "popup-sample.js").read_bytes()))
@@ -6558,7 +6558,7 @@ class BrowserTests(unittest.TestCase):
                     tab.press("Escape")
                     toasts(tab, 0)
 
-    def test_keyboard(self) -> None:
+    def test_card_is_reached_opened_and_closed_by_keys(self) -> None:
         with Daemon() as daemon:
             options = {"open": self.site.url + "/customer?q={phone}"}
             url = self.site.coded_page(daemon.port, **options)
@@ -8159,7 +8159,7 @@ class TestReadme(unittest.TestCase):
         for half in readme_halves():
             self.assertEqual(set(re.findall(r"^\| `(data-\w+)`", half, re.MULTILINE)), attributes)
 
-    def test_message(self) -> None:
+    def test_message_of_the_readme_is_what_a_browser_gets(self) -> None:
         (shown,) = (json.loads(block) for block in readme_blocks("json") if "CALL_IN" in block)
         with Daemon() as daemon, daemon.browser() as browser:
             daemon.trigger("&exten=201&event=answer")
@@ -8172,7 +8172,7 @@ class TestReadme(unittest.TestCase):
                 parse_config(b"SECRET_TOKEN=x\nCLIENT_PORT=8443\n" + block.encode(), "README.md")
 
     @needs("curl", "openssl")
-    def test_commands(self) -> None:
+    def test_commands_of_the_readme_work(self) -> None:
         port = str(free_port())
         commands = "".join(readme_blocks("sh")).replace("\\\n", "").splitlines()
         with contextlib.ExitStack() as stack:
