@@ -1270,6 +1270,18 @@ class TestCall(unittest.TestCase):
         self.assertRegex(first, r'call \d+-1: ring phone="0312345678" exten="201" ' + to_both)
         self.assertRegex(second, r'-2: answer phone="0.*" exten="202" uniqueid="1.5" ' + to_both)
 
+    def test_foreign_text_stands_in_quotes_in_the_log(self) -> None:
+        with Daemon() as daemon, daemon.browser() as browser:
+            hostile = quote('\x1b[2J"\u202e\n1 browser', safe="")
+            daemon.trigger(f"&exten={hostile}&uniqueid={hostile}", hostile)
+            browser.message()
+            (line,) = daemon.wait_for_log("call ")
+        told = r'"\x1b[2J\"\u202e\n1 browser"'
+        self.assertIn(
+            f" phone={told} exten={told} uniqueid={told} from 127.0.0.1 to 1 browser", line
+        )
+        self.assertTrue(line.isprintable())
+
 
 class TestCallTracker(unittest.TestCase):
     """Who is told of a call: whoever saw it ring hears of its answer and its end."""
@@ -6690,6 +6702,27 @@ class BrowserTests(unittest.TestCase):
             tab.evaluate("[window.now = Date.now, Date.now = () => now.call(Date) + 61000].length")
             [[head, *_]] = toasts(tab, 1)
             self.assertRegex(head, r"^着信あり \d\d:\d\d 2回目$")
+
+    def test_caller_who_calls_again_has_one_card(self) -> None:
+        with Daemon() as daemon:
+            tab = self.open_connected(daemon, exten="201")
+            for unique, phone in (("6.1", "1"), ("6.2", "anonymous"), ("6.3", "anonymous")):
+                daemon.trigger(f"&exten=201&uniqueid={unique}", phone)
+                daemon.trigger(f"&event=end&uniqueid={unique}", phone)
+            toasts(tab, 3)
+            daemon.trigger("&exten=201&uniqueid=6.4", "1")
+            again = f"{TOASTS}[0].textContent.includes('2回目')"
+            tab.wait_for(f"{again} && {TOASTS}.length === 3")
+            wait_for_phones(tab, "非通知", "非通知", "1")
+
+    def test_at_most_five_cards_and_those_of_calls_that_go_on_lowest(self) -> None:
+        with Daemon() as daemon:
+            tab = self.open_connected(daemon, exten="201")
+            daemon.trigger("&event=answer&exten=201&uniqueid=6.1", "1")
+            for number in range(2, 8):
+                daemon.trigger(f"&exten=201&uniqueid=6.{number}", str(number))
+                daemon.trigger(f"&event=end&uniqueid=6.{number}", str(number))
+            wait_for_phones(tab, "4", "5", "6", "7", "1")
 
     def test_call_whose_end_was_lost_is_over_after_three_hours(self) -> None:
         now = 1763870000000
