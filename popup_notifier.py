@@ -1423,6 +1423,7 @@ class Loop:
     """One thread's wait for its sockets, and for the tasks that other threads hand to it."""
 
     def __init__(self) -> None:
+        self.now = time.monotonic()  # when the last wait ended
         self._selector = selectors.DefaultSelector()
         self._tasks: collections.deque[Callable[[], None]] = collections.deque()
         self._reader, self._writer = socket.socketpair()
@@ -1445,7 +1446,9 @@ class Loop:
     def wait(self, timeout: float | None) -> list[tuple[Any, int]]:
         """Do the tasks, and return (owner, events) of the sockets that are ready by then."""
         ready = []
-        for key, events in self._selector.select(timeout):
+        selected = self._selector.select(timeout)
+        self.now = time.monotonic()
+        for key, events in selected:
             if key.data is not None:
                 ready.append((key.data, events))
             else:
@@ -1546,7 +1549,7 @@ MAX_UNANSWERED = 2  # pings; then a browser is gone
 PING_SLACK = 0.01
 STALL_TIMEOUT = 10.0  # seconds that a socket may take nothing; a change of radio cell takes 3
 CLOSE_TIMEOUT = 1.0  # seconds that a browser has to take its Close frame and hang up
-STOP_TIMEOUT = 3.0  # seconds that all of them together have when the daemon ends
+STOP_TIMEOUT = 3.0  # seconds that the thread has to close all of them when the daemon ends
 PING = serialize_frame(Opcode.PING, b"")
 
 
@@ -1688,11 +1691,11 @@ def describe_settings(config: Config) -> str:
 class Hub:
     """The browsers, and the one thread that talks to them.
 
-    A browser is in one of three groups. Those that keep up get each call as it comes. Those that
-    lag have a cursor; when their socket has room they are sent the next slice of the log, between
-    new calls. They are not read from meanwhile, or the replies would pile up. One that has had
-    more from another daemon than this one has read lags, too, and is read from. Those that leave
-    have been sent Close, and have CLOSE_TIMEOUT to hang up.
+    A browser that is present keeps up or lags. Those that keep up get each call as it comes. Those
+    that lag have a cursor; when their socket has room they are sent the next slice of the log,
+    between new calls. They are not read from meanwhile, or the replies would pile up. Those that
+    are ahead, for they have had more from another daemon than this one has read, lag too, but are
+    read from. Those that leave have been sent Close, and have CLOSE_TIMEOUT to hang up.
 
     Other threads call the methods without an underscore, which never wait for a browser.
     """
@@ -1713,17 +1716,16 @@ class Hub:
         # Set by any thread when the log has grown; cleared by the Hub's before it looks there.
         self._has_new_calls = False
         # The Hub's thread's own.
-        self._now = time.monotonic()
         self._cursor = self._log.end  # all before it was sent to those who keep up
         self._position = self._log.position  # theirs
-        self._keeping_up = BrowserIndex()
-        self._lagging = BrowserIndex()
-        self._ahead: dict[Browser, None] = {}  # of these: have had more than the log has
+        self._present = BrowserIndex()  # keep up or lag
+        self._lagging: dict[Browser, None] = {}  # of these
+        self._ahead: dict[Browser, None] = {}  # of those: have had more than the log has
         self._ping_deadlines: DeadlineQueue[Browser] = DeadlineQueue(config.ping_interval)
         self._stall_deadlines: DeadlineQueue[Browser] = DeadlineQueue(STALL_TIMEOUT)
         self._leaving: DeadlineQueue[Browser] = DeadlineQueue(CLOSE_TIMEOUT)
         self._joined: dict[tuple[object, ...], tuple[bytes, int]] = {}  # slices, see _load_slice()
-        self._stop_deadline: float | None = None
+        self._is_stopping = False
 
     # For other threads.
 
@@ -1791,7 +1793,7 @@ class Hub:
             self._is_closing = True
         self.loop.call_soon(self._close_all)
         if self._thread is not None:
-            self._thread.join(STOP_TIMEOUT + CLOSE_TIMEOUT)
+            self._thread.join(STOP_TIMEOUT)
 
     def _resume(self, browser: Browser) -> bytes:
         """Set a returning browser's cursor; return HELLO, and ALIVE if it is up to date."""
@@ -1825,13 +1827,12 @@ class Hub:
     # The Hub's thread: its turns.
 
     def _run(self) -> None:
-        while self._stop_deadline is None or (self._leaving and self._now < self._stop_deadline):
+        while not self._is_stopping or self._leaving:
             self._turn()
 
     def _turn(self) -> None:
         """Serve what is ready, and what is due."""
         ready = self.loop.wait(self._until_deadline())
-        self._now = time.monotonic()
         # Before all else, for one that has just arrived may be ready, too.
         self._deliver_and_admit()
         for browser, events in ready:
@@ -1840,9 +1841,9 @@ class Hub:
             if self._cursor != self._log.end:
                 self._deliver_and_admit()
         self._ping()
-        for browser in self._stall_deadlines.expired(self._now):
+        for browser in self._stall_deadlines.expired(self.loop.now):
             self._evict(browser, f"it took nothing for {STALL_TIMEOUT:.0f} s")
-        for browser in self._leaving.expired(self._now):
+        for browser in self._leaving.expired(self.loop.now):
             self._abort(browser)
 
     def _until_deadline(self) -> float | None:
@@ -1866,11 +1867,11 @@ class Hub:
         """Close browsers that a reloaded configuration does not admit; use its settings."""
         self._deliver_and_admit()
         self._settings = describe_settings(config)
-        self._ping_deadlines.change_timeout(config.ping_interval, self._now)
+        self._ping_deadlines.change_timeout(config.ping_interval, self.loop.now)
         alive = self._alive(self._position)
-        for browser in [each for each in self._keeping_up if each.recovers]:
+        for browser in [each for each in self._present if each.recovers and self._keeps_up(each)]:
             self._send(browser, alive)  # a longer interval must not look like silence
-        for browser in [*self._keeping_up, *self._lagging]:
+        for browser in list(self._present):
             try:
                 check_visitor(config, browser.visitor)
             except RequestError as error:
@@ -1883,8 +1884,8 @@ class Hub:
         # Those who have just arrived lag, for calls that came meanwhile.
         for browser in list(self._lagging):
             self._serve(browser, WRITE)
-        self._stop_deadline = time.monotonic() + STOP_TIMEOUT
-        for browser in [*self._keeping_up, *self._lagging]:
+        self._is_stopping = True
+        for browser in list(self._present):
             self._close(browser, CloseCode.GOING_AWAY, "popup-notifier is stopping")
 
     # The Hub's thread: calls.
@@ -1924,17 +1925,17 @@ class Hub:
     def _deliver(self, calls: list[Call]) -> list[int]:
         """Send calls, those for one browser in one go; return how many browsers get each."""
         frames = b"".join([call.frame for call in calls])
-        for browser in list(self._keeping_up.unfiltered):
+        for browser in [each for each in self._present.unfiltered if each not in self._lagging]:
             self._send(browser, frames)
         shares: dict[Browser, bytes] = {}
         counts = []
         for extens, group in itertools.groupby(calls, lambda call: call.extens):
             alike = list(group)
-            count = self._keeping_up.count(extens) + self._lagging.count(extens)
-            counts += [count] * len(alike)
+            counts += [self._present.count(extens)] * len(alike)
             frames = b"".join([call.frame for call in alike])
-            for browser in self._keeping_up.filtered(extens):
-                shares[browser] = shares[browser] + frames if browser in shares else frames
+            for browser in self._present.filtered(extens):
+                if browser not in self._lagging:
+                    shares[browser] = shares[browser] + frames if browser in shares else frames
         for browser, frames in shares.items():
             self._send(browser, frames)
         return counts
@@ -1960,30 +1961,30 @@ class Hub:
 
     def _admit(self, browser: Browser) -> None:
         """Put a browser that has arrived into its group."""
-        self._ping_deadlines.add(browser, self._now)
+        self._ping_deadlines.add(browser, self.loop.now)
+        self._present.add(browser)
         if browser.cursor < self._cursor or browser.since is not None or browser.unsent:
             self._start_lagging(browser)
-            return
-        self._keeping_up.add(browser)
-        if browser.unread:
+        elif browser.unread:
             self._start_reading(browser)
+
+    def _keeps_up(self, browser: Browser) -> bool:
+        """Tell whether a browser is here and does not lag: nothing is left to send to it."""
+        return browser in self._present and browser not in self._lagging
 
     def _start_lagging(self, browser: Browser) -> None:
         """From now on, send a browser the log from its cursor when its socket has room."""
-        self._keeping_up.discard(browser)
         self._ahead.pop(browser, None)
-        if browser not in self._lagging:
-            self._lagging.add(browser)
-        self._stall_deadlines.add(browser, self._now)
+        self._lagging[browser] = None
+        self._stall_deadlines.add(browser, self.loop.now)
         self.loop.change(browser.sock, WRITE, browser)
 
     def _start_keeping_up(self, browser: Browser) -> None:
         """From now on, send a browser each call as it comes, and read from it."""
         browser.since = None
-        self._lagging.discard(browser)
-        self._keeping_up.add(browser)
+        del self._lagging[browser]
         self._start_reading(browser)
-        if browser.recovers and browser in self._keeping_up:
+        if browser.recovers and self._keeps_up(browser):
             self._send(browser, self._alive(self._position))
 
     def _start_reading(self, browser: Browser) -> None:
@@ -2028,7 +2029,7 @@ class Hub:
                 self._lose(browser, error)
                 return False
             if browser in self._stall_deadlines:
-                self._stall_deadlines.add(browser, self._now)  # it takes what we send
+                self._stall_deadlines.add(browser, self.loop.now)  # it takes what we send
         return not browser.unsent
 
     def _load_slice(self, browser: Browser) -> bool:
@@ -2097,18 +2098,18 @@ class Hub:
 
     def _ping(self) -> None:
         """Ping those whose turn it is; reset those that left MAX_UNANSWERED pings unanswered."""
-        if self._ping_deadlines.next_deadline() > self._now:
+        if self._ping_deadlines.next_deadline() > self.loop.now:
             return
         interval = self._ping_deadlines.timeout
         alive = self._alive(self._position)
-        for browser in self._ping_deadlines.expired(self._now + PING_SLACK * interval):
+        for browser in self._ping_deadlines.expired(self.loop.now + PING_SLACK * interval):
             if browser.unanswered == MAX_UNANSWERED:
                 silence = MAX_UNANSWERED * interval
                 self._log_drop(browser, DropReason.SILENT, f"was silent for {silence:.0f} s")
                 self._abort(browser)
                 continue
-            self._ping_deadlines.add(browser, self._now)
-            if browser in self._keeping_up:
+            self._ping_deadlines.add(browser, self.loop.now)
+            if browser not in self._lagging:
                 browser.unanswered += 1
                 self._send(browser, alive + PING if browser.recovers else PING)
             elif browser in self._ahead and browser.since is not None:
@@ -2136,7 +2137,7 @@ class Hub:
     def _leave(self, browser: Browser) -> None:
         """Send a browser no more calls; it has CLOSE_TIMEOUT to hang up."""
         self._unregister(browser)
-        self._leaving.add(browser, self._now)
+        self._leaving.add(browser, self.loop.now)
         self.loop.change(browser.sock, READ | WRITE if browser.unsent else READ, browser)
 
     def _hang_up_if_closed(self, browser: Browser) -> None:
@@ -2151,8 +2152,7 @@ class Hub:
 
     def _make_room(self) -> None:
         """Reset those who are slow to leave when there are too many with those who stay."""
-        present = len(self._keeping_up) + len(self._lagging)
-        while self._leaving and present + len(self._leaving) > self.max_browsers:
+        while self._leaving and len(self._present) + len(self._leaving) > self.max_browsers:
             self._abort(self._leaving.first())
 
     def _lose(self, browser: Browser, error: OSError) -> None:
@@ -2177,8 +2177,8 @@ class Hub:
             browser.sock.close()
 
     def _unregister(self, browser: Browser) -> None:
-        self._keeping_up.discard(browser)
-        self._lagging.discard(browser)
+        self._present.discard(browser)
+        self._lagging.pop(browser, None)
         self._ahead.pop(browser, None)
         self._ping_deadlines.discard(browser)
         self._stall_deadlines.discard(browser)
@@ -2188,7 +2188,7 @@ class Hub:
     # The Hub's thread: the log lines.
 
     def _count_text(self) -> str:
-        return f"{len(self._keeping_up) + len(self._lagging)} connected"
+        return f"{len(self._present)} connected"
 
     def _log_call(self, call: Call, count: int) -> None:
         """Log and count who called whom, and how many browsers got it; if none did, why."""
@@ -2210,7 +2210,7 @@ class Hub:
 
     def _describe_subscribers(self) -> str:
         """Return who is here, for the log."""
-        known = [*dict.fromkeys([*self._keeping_up.extens(), *self._lagging.extens()])]
+        known = list(self._present.extens())
         if not known:
             return "none is connected"
         names = ", ".join([quote_unless_plain(each) for each in known[:LOGGED_EXTENS]])
