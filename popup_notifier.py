@@ -13,7 +13,7 @@ Read it from top to bottom, or look up where something is:
     4. Calls           Call, CallTracker (who gets an answer or an end), Log, LocalStream
     5. Event loop      Loop, DeadlineQueue
     6. Hub             Browser, Hub: delivery, pings; stalled, silent or no longer admitted: closed
-    7. HTTP            RFC 9112 without I/O: parse_head, check_parameters, serialize_response
+    7. HTTP            RFC 9112 without I/O: parse_head, parse_parameters, serialize_response
     8. Server          Connection, Server, RequestHandler, ROUTES (what answers which path)
     9. TLS             make_tls_context, begin_tls
     10. Redis          RedisStream: calls shared by several daemons, and while Redis is away
@@ -96,7 +96,6 @@ IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 #
 #     ConfigError         the configuration can't be used; `lines` says why
 #     RequestError        this request is answered with `status`
-#       HandshakeError    so is this opening handshake
 #     ProtocolError       this WebSocket connection is failed with `close_code`
 #     RedisError          Redis refused a command
 #       ReplyError        or does not speak its protocol
@@ -118,10 +117,6 @@ class RequestError(Exception):
         super().__init__(reason)
         self.status = status
         self.fields = {name.replace("_", "-"): value for name, value in fields.items()}
-
-
-class HandshakeError(RequestError):
-    """An opening handshake to refuse (RFC 6455 section 4.2.2)."""
 
 
 class ProtocolError(Exception):
@@ -755,7 +750,7 @@ def check_handshake(fields: Mapping[str, str]) -> str:
     """Check an opening handshake (RFC 6455 section 4.2.1) and return its Sec-WebSocket-Accept.
 
     `fields` are header fields by lower-case name, repeated ones joined by commas. Raises
-    HandshakeError: 426 for anything but WebSocket version 13, 400 for a bad key.
+    RequestError: 426 for anything but WebSocket version 13, 400 for a bad key.
     """
     if "websocket" not in tokens(fields.get("upgrade", "")):
         raise upgrade_required("only WebSocket is spoken here: Upgrade: websocket is missing")
@@ -767,15 +762,15 @@ def check_handshake(fields: Mapping[str, str]) -> str:
         raise upgrade_required("only WebSocket version 13 is spoken here")
     key = fields.get("sec-websocket-key", "")
     if not KEY_PATTERN.fullmatch(key):
-        raise HandshakeError(
+        raise RequestError(
             HTTPStatus.BAD_REQUEST, f"Sec-WebSocket-Key: {quote(key)} is not 16 bytes in base64"
         )
     return accept_key(key)
 
 
-def upgrade_required(reason: str) -> HandshakeError:
+def upgrade_required(reason: str) -> RequestError:
     """Return the 426 that names what is spoken here (RFC 6455 section 4.4)."""
-    return HandshakeError(
+    return RequestError(
         HTTPStatus.UPGRADE_REQUIRED,
         reason,
         Upgrade="websocket",
@@ -1061,6 +1056,7 @@ MAX_HISTORY_SIZE = 32 << 20  # bytes of their frames: they may be 200 KiB each
 MAX_KEPT = 22_000  # calls, and bytes in proportion: whoever begins at the oldest must get it
 SLICE_SIZE = 64 * 1024  # bytes sent to a browser that lags before the others have their turn
 SLICE_CALLS = 1000  # calls looked at for it: most may be for other extensions
+TRACKED = 3600.0  # seconds that a phone call is known by its uniqueid after its last event
 # A PBX sends each event by a process or channel of its own: an answer within the first moment, as
 # of a headset that picks up by itself, can overtake the ring, and so can the end.
 OVERTAKING = 3.0  # seconds
@@ -1179,14 +1175,13 @@ class CallTracker:
     def __init__(self) -> None:
         self._calls: collections.OrderedDict[str, TrackedCall] = collections.OrderedDict()
 
-    def track(self, parameters: Mapping[str, str], now: float, seconds: float) -> frozenset[str]:
-        """Return which extensions get an event; a call is forgotten `seconds` after its last."""
+    def track(self, parameters: Mapping[str, str], now: float) -> frozenset[str]:
+        """Return which extensions get an event, at a time in monotonic seconds."""
         extens = split_extens(parameters["exten"]) or frozenset([ALL])
         unique, event = parameters.get("uniqueid"), parameters.get("event", "ring")
         if not unique:
             return extens
-        seconds = max(seconds, OVERTAKING)
-        while self._calls and next(iter(self._calls.values())).time < now - seconds:
+        while self._calls and next(iter(self._calls.values())).time < now - TRACKED:
             self._calls.popitem(last=False)
         call = self._calls.pop(unique, None)
         # One that is over is known for as long as its events may overtake each other.
@@ -1232,33 +1227,19 @@ class Log:
         self.seconds = seconds  # that calls are in the history
         self.is_complete = True  # it has every call of that time
         self._lock = threading.Lock()
+        # Written under the lock, read by any thread.
+        self.start = 0  # the place of the first call
+        self.end = 0  # the place behind the last one
+        self.position = position  # of a browser that has had every call
         # Guarded by the lock. Three lists in step: calls, their IDs, and where their frames would
         # end if all frames ever stood one after another.
         self._calls: list[Call] = []
         self._ids: list[CallID] = []
         self._ends: list[int] = []
-        self._start = 0  # the place of the first call
-        self._end = 0  # the place behind the last one
-        self._offset = 0  # where its frame begins
+        self._offset = 0  # where the first call's frame begins
         self._history_start = 0  # the place of the history's first call
-        self._position = position
         self._complete_since = position  # the history has every call after this position
         self._tracker = CallTracker()
-
-    @property
-    def start(self) -> int:
-        """The place of the first call."""
-        return self._start
-
-    @property
-    def end(self) -> int:
-        """The place behind the last call."""
-        return self._end
-
-    @property
-    def position(self) -> CallID:
-        """The position of a browser that has had every call."""
-        return self._position
 
     def append(
         self,
@@ -1272,20 +1253,20 @@ class Log:
         with self._lock:
             now = time.monotonic()
             if extens is None:
-                extens = self._tracker.track(trigger.parameters, trigger.began, self.seconds)
+                extens = self._tracker.track(trigger.parameters, trigger.began)
             frame = serialize_call(call_id, trigger)
-            call = Call(call_id, trigger, extens, frame, self._end, now, is_early, is_history)
+            call = Call(call_id, trigger, extens, frame, self.end, now, is_early, is_history)
             self._ids.append(call_id)
             self._ends.append((self._ends[-1] if self._ends else self._offset) + len(frame))
-            self._position = max(self._position, call_id)
+            self.position = max(self.position, call_id)
             self._calls.append(call)
-            self._end += 1
+            self.end += 1
             return call
 
     def advance(self, position: CallID) -> None:
         """Move the position on: no further call will come up to there."""
         with self._lock:
-            self._position = max(self._position, position)
+            self.position = max(self.position, position)
 
     def begin_after(self, position: CallID) -> None:
         """Record that calls up to a position are not known here."""
@@ -1296,13 +1277,13 @@ class Log:
         """Return where a browser goes on that has had every call up to a position."""
         with self._lock:
             oldest = time.monotonic() - self.seconds
-            while self._history_start < self._end:
-                index = self._history_start - self._start
+            while self._history_start < self.end:
+                index = self._history_start - self.start
                 call = self._calls[index]
                 if call.trigger.began >= oldest and not self._is_over_limit(index, MAX_HISTORY):
                     break
                 self._retire(call)
-            place = self._start + bisect.bisect_right(self._ids, since)
+            place = self.start + bisect.bisect_right(self._ids, since)
             return Resumption(
                 max(place, self._history_start), since, since >= self._complete_since
             )
@@ -1310,7 +1291,7 @@ class Log:
     def find_last(self, count: int, place: int, wants: Callable[[Call], bool]) -> int:
         """Return where the last `count` wanted calls begin; `place` if fewer follow it."""
         with self._lock:
-            for call in reversed(self._calls[max(place - self._start, 0) :]):
+            for call in reversed(self._calls[max(place - self.start, 0) :]):
                 count -= wants(call)
                 if not count:
                     return call.place
@@ -1319,30 +1300,30 @@ class Log:
     def read(self, place: int, stop: int | None = None) -> Slice | None:
         """Return some calls from a place on, up to `stop`; None when they are forgotten."""
         with self._lock:
-            first = place - self._start
+            first = place - self.start
             if first < 0:
                 return None
-            last = len(self._calls) if stop is None else stop - self._start
+            last = len(self._calls) if stop is None else stop - self.start
             limit = (self._ends[first - 1] if first else self._offset) + SLICE_SIZE
             last = min(bisect.bisect_left(self._ends, limit, first, last) + 1, last)
             last = min(last, first + SLICE_CALLS)
             is_all = last == len(self._calls)
-            position = self._position if is_all else self._ids[last - 1]
-            return Slice(self._calls[first:last], self._start + last, position)
+            position = self.position if is_all else self._ids[last - 1]
+            return Slice(self._calls[first:last], self.start + last, position)
 
     def forget(self, place: int, seconds: float) -> None:
         """Forget calls before a place: those over the limits, or `seconds` out of the history."""
         with self._lock:
             oldest = time.monotonic() - self.seconds - seconds
             count = 0
-            while count < place - self._start and (
+            while count < place - self.start and (
                 self._calls[count].logged < oldest or self._is_over_limit(count, MAX_KEPT)
             ):
                 self._retire(self._calls[count])
                 count += 1
             if count:
                 self._offset = self._ends[count - 1]
-                self._start += count
+                self.start += count
                 del self._calls[:count], self._ids[:count], self._ends[:count]
 
     def _retire(self, call: Call) -> None:
@@ -1753,10 +1734,12 @@ class Hub:
                 browser.cursor = self._log.end
             self._registry[browser] = None
             self._arrivals.append(browser)
-            # If the browser is gone already, the Hub's thread will see it.
+            browser.unsent = greeting
             try:
                 browser.unsent = greeting[browser.send(greeting) :]
-            except OSError:
+            except WOULD_BLOCK:
+                pass
+            except OSError:  # the Hub's thread will see it, too
                 log.debug("browser %s left during its handshake", browser)
             # Done here, it costs no change of threads: epoll may be told of a socket while another
             # thread waits for it, and the selector's table is a dict.
@@ -1776,7 +1759,7 @@ class Hub:
         """Use a reloaded configuration; browsers that it does not admit are closed with 1008."""
         self.max_browsers = max_browsers
         self._log.seconds = config.history
-        self.loop.call_soon(partial(self._apply_config, config))
+        self.loop.call_soon(partial(self._reconfigure, config))
 
     def count(self) -> int:
         """Return how many browsers are connected."""
@@ -1863,7 +1846,7 @@ class Hub:
             log.exception("browser dropped: %s hit a bug", browser.visitor.address)
             self._abort(browser)
 
-    def _apply_config(self, config: Config) -> None:
+    def _reconfigure(self, config: Config) -> None:
         """Close browsers that a reloaded configuration does not admit; use its settings."""
         self._deliver_and_admit()
         self._settings = describe_settings(config)
@@ -1892,7 +1875,7 @@ class Hub:
 
     def _deliver_and_admit(self) -> None:
         """Deliver new calls to those who keep up, then let those who have arrived join them."""
-        is_called, self._has_new_calls = self._has_new_calls, False
+        has_grown, self._has_new_calls = self._has_new_calls, False
         with self._lock:
             arrivals, self._arrivals = self._arrivals, []
         before = self._cursor
@@ -1913,12 +1896,14 @@ class Hub:
                 is_needed = self._lagging or self._arrivals
                 self._log.forget(self._cursor, STALL_TIMEOUT if is_needed else 0)
         for call, count in delivered:
-            late = [each for each in arrivals if each.cursor <= call.place and each.wants(call)]
-            self._log_call(call, count + len(late))
+            newcomers = [
+                each for each in arrivals if each.cursor <= call.place and each.wants(call)
+            ]
+            self._log_call(call, count + len(newcomers))
         if arrivals:
             self._make_room()
             self._log_arrivals(arrivals)
-        if is_called:
+        if has_grown:
             for browser in list(self._ahead):
                 self._start_lagging(browser)
 
@@ -2116,7 +2101,8 @@ class Hub:
                 browser.unanswered += 1
                 self._send(browser, self._alive(browser.since) + PING)
 
-    # The Hub's thread: how browsers leave.
+    # The Hub's thread: how browsers leave. _evict and _close send Close, _leave waits for the
+    # answer, _hang_up_if_closed sends FIN. _lose and _abort wait for nothing. All end in _remove.
 
     def _log_drop(self, browser: Browser, reason: DropReason, text: str) -> None:
         """Log and count that we end a browser's connection."""
@@ -2412,16 +2398,16 @@ def parse_json(body: bytes) -> list[tuple[str, object]]:
     return pairs
 
 
-def check_parameters(pairs: Iterable[tuple[str, object]]) -> dict[str, str]:
+def parse_parameters(pairs: Iterable[tuple[str, object]]) -> dict[str, str]:
     """Return a trigger's parameters as browsers get them, without the token; or raise a 400.
 
     A parameter given twice is refused: a caller ID may have brought one with it.
     """
     given: dict[str, str] = {}
     for name, value in pairs:
+        name = SURROGATES.sub("\ufffd", name)
         if name in given:
             raise bad_request(f"{quote(name)} is given twice")
-        name = SURROGATES.sub("\ufffd", name)
         given[name] = check_value(name, value)
     event = given.get("event", "ring")
     if event not in EVENTS:
@@ -2905,7 +2891,7 @@ class RequestHandler:
             raise bad_request(f"more than {MAX_PARAMETERS} parameters")
         answer = partial(self.server.answer_trigger, self.connection)
         source = str(self.connection.address)
-        self.server.hub.stream.publish(check_parameters(pairs), source, answer)
+        self.server.hub.stream.publish(parse_parameters(pairs), source, answer)
 
     def check_site(self) -> None:
         """Refuse a trigger that a foreign page had a browser send (CSRF), whatever its address."""
@@ -3328,7 +3314,7 @@ def parse_entry(position: CallID, words: list[bytes]) -> Entry:
     try:
         key, source = (named[name].decode("ascii") for name in (b"key", b"source"))
         milliseconds = int(named[b"time"])
-        parameters = check_parameters(json.loads(named[b"parameters"]).items())
+        parameters = parse_parameters(json.loads(named[b"parameters"]).items())
     except (KeyError, AttributeError, RecursionError, RequestError) as error:
         raise ValueError(str(error)) from None
     if not CALL_KEY.fullmatch(key) or not source.isprintable():
@@ -3783,7 +3769,7 @@ Stream = Union[LocalStream, RedisStream]
 #    everything on to each other. The name of a phone's channel says which phone it is.
 # 2. An incoming call begins with a channel of a trunk, as AMI_TRUNKS names it (see Channel), that
 #    comes in and is the first of its linkedid. It ends with that channel, wherever it was
-#    transferred to meanwhile. Other calls are not shown.
+#    transferred to meanwhile. Other calls are not shown. A trunk's channel is never a phone.
 # 3. It rings at a phone that is dialled for it. A phone has answered it when it is the only one
 #    that bridges connect with the caller. Asterisk's own answer says less: it may be a voicemail,
 #    a phone that has yet to confirm, or the member of a queue who was too late.
@@ -4103,7 +4089,7 @@ class ManagerLink:
             self._sock = socket.create_connection((url.host, url.port), AMI_TIMEOUT)
             stack.callback(self._sock.close)
             self._check_banner(url)
-            login = self.ask("Login", Username=url.user, Secret=url.secret, Events="call")
+            login = self.request("Login", Username=url.user, Secret=url.secret, Events="call")
             answers = self.answers([login], AMI_TIMEOUT)
             if not answers:
                 raise TimeoutError("no answer to the login")
@@ -4117,7 +4103,7 @@ class ManagerLink:
         """Hang up."""
         self._sock.close()
 
-    def ask(self, action: str, **fields: str) -> str:
+    def request(self, action: str, **fields: str) -> str:
         """Send an action; return the ID that its answers will have."""
         self._count += 1
         action_id = f"{self._run}-{self._count}"
@@ -4242,7 +4228,7 @@ class Asterisk:
                     raise TimeoutError(f"no answer for {AMI_PERIOD:g} seconds")
                 self._board.begin_list()
                 may_list = "CoreShowChannels" not in self._refused
-                self._list_id = link.ask("CoreShowChannels" if may_list else "Ping")
+                self._list_id = link.request("CoreShowChannels" if may_list else "Ping")
                 due = time.monotonic() + AMI_PERIOD
             for message in link.receive(due - time.monotonic()):
                 self._receive(message)
@@ -4268,8 +4254,9 @@ class Asterisk:
         """Ask Asterisk whether a caller withholds the number."""
         if self._link is None or "Getvar" in self._refused:
             return False
-        ask = partial(self._link.ask, "Getvar", Channel=channel)
-        answers = self._link.answers([ask(Variable=each) for each in PRESENTATION], AMI_PATIENCE)
+        request = partial(self._link.request, "Getvar", Channel=channel)
+        action_ids = [request(Variable=each) for each in PRESENTATION]
+        answers = self._link.answers(action_ids, AMI_PATIENCE)
         if any(each.get("Message") == "Permission denied" for each in answers):
             self._warn_of_missing_right("Getvar")
         values = [each.get("Value", "") for each in answers]
@@ -4283,7 +4270,7 @@ class Asterisk:
 
     def _publish(self, parameters: Mapping[str, str]) -> None:
         try:
-            checked = check_parameters(parameters.items())
+            checked = parse_parameters(parameters.items())
         except RequestError as error:
             log.warning("Asterisk reported a call that is not accepted: %s", error)
         else:
@@ -5160,8 +5147,9 @@ class Daemon:
         self.config = config
         for server in self.servers:
             server.config = config
-            # Connections keep the context that they began with.
-            server.tls = tls if server.tls is not None else None
+            # Connections keep the context that they began with, and the port its TLS.
+            if server.tls is not None and tls is not None:
+                server.tls = tls
         max_browsers = bound_browsers(config.max_browsers, self.file_limit, self.max_waiting)
         self.hub.reconfigure(config, max_browsers)
         log.info(

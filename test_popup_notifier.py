@@ -56,7 +56,6 @@ import popup_notifier
 from popup_notifier import (
     CloseCode,
     ConfigError,
-    HandshakeError,
     Opcode,
     ProtocolError,
     RedisError,
@@ -1096,7 +1095,7 @@ class TestHandshake(unittest.TestCase):
                 try:
                     check_handshake({**GOOD_HANDSHAKE, **different})
                     answered = 101
-                except HandshakeError as error:
+                except RequestError as error:
                     answered = error.status.value
                     if status == 426:
                         self.assertEqual(error.fields["Sec-WebSocket-Version"], "13")
@@ -1105,7 +1104,7 @@ class TestHandshake(unittest.TestCase):
 
     def test_every_field_is_needed(self) -> None:
         for name in GOOD_HANDSHAKE:
-            with self.subTest(name), self.assertRaises(HandshakeError):
+            with self.subTest(name), self.assertRaises(RequestError):
                 check_handshake(
                     {key: GOOD_HANDSHAKE[key] for key in GOOD_HANDSHAKE if key != name}
                 )
@@ -1344,8 +1343,12 @@ class TestCallTracker(unittest.TestCase):
             ],
         ),
         (
-            "forgotten with the history",
-            [("ring", "201", 0, "201"), ("answer", "202", 60.1, "202"), ("end", "all", 1, "202")],
+            "a group whose phones ring for half an hour",
+            [("ring", "201,202", 0, "201,202"), ("answer", "202", 1800, "201,202")],
+        ),
+        (
+            "forgotten after an hour",
+            [("ring", "201", 0, "201"), ("answer", "202", 3601, "202"), ("end", "all", 1, "202")],
         ),
     ]
 
@@ -1357,23 +1360,23 @@ class TestCallTracker(unittest.TestCase):
                 parameters = {"phone": "1", "exten": exten, "uniqueid": "9.1", "event": event}
                 with self.subTest(label, event=event, exten=exten):
                     extens = popup_notifier.split_extens(told)
-                    self.assertEqual(tracker.track(parameters, now, 60), extens)
+                    self.assertEqual(tracker.track(parameters, now), extens)
 
     def test_the_oldest_are_forgotten_first(self) -> None:
         tracker = popup_notifier.CallTracker()
-        for now, unique in ((0.0, "old"), (50.0, "new"), (100.0, "last")):
-            tracker.track({"exten": "201", "uniqueid": unique}, now, 60)
+        for now, unique in ((0.0, "old"), (3000.0, "new"), (6000.0, "last")):
+            tracker.track({"exten": "201", "uniqueid": unique}, now)
         answer = {"exten": "202", "event": "answer"}
         for unique, told in (("new", {"201", "202"}), ("old", {"202"})):
-            self.assertEqual(tracker.track({**answer, "uniqueid": unique}, 100.0, 60), told)
+            self.assertEqual(tracker.track({**answer, "uniqueid": unique}, 6000.0), told)
 
     def test_it_does_not_grow(self) -> None:
         tracker = popup_notifier.CallTracker()
         for number in range(popup_notifier.MAX_HISTORY + 9):
-            tracker.track({"exten": "201", "uniqueid": str(number)}, 0.0, 60)
+            tracker.track({"exten": "201", "uniqueid": str(number)}, 0.0)
         answer = {"exten": "202", "event": "answer"}
         for unique, told in (("9999", {"201", "202"}), ("0", {"202"})):
-            self.assertEqual(tracker.track({**answer, "uniqueid": unique}, 1.0, 60), told)
+            self.assertEqual(tracker.track({**answer, "uniqueid": unique}, 1.0), told)
 
 
 class TestLog(unittest.TestCase):
@@ -2111,6 +2114,14 @@ BAD_TRIGGERS: list[tuple[str, str, str, bytes, int, str]] = [
         400,
         '"exten" is given twice',
     ),
+    (
+        "twice once it is text",
+        "?phone=1&a%ff=x&a%fe=y&token={token}",
+        "",
+        b"",
+        400,
+        '"a\ufffd" is given twice',
+    ),
     ("token twice", "?phone=1&token=x&token={token}", "", b"", 400, '"token" is given twice'),
     (
         "query and body",
@@ -2691,6 +2702,17 @@ class TestTLS(unittest.TestCase):
                 self.assertIn("'renewed'", str(new.sock.getpeercert()))
                 daemon.trigger()
                 self.assertEqual(new.phones(1) + old.phones(1), ["0312345678"] * 2)
+
+    def test_reload_without_tls_leaves_the_port_its_tls(self) -> None:
+        with self.daemon() as (daemon, port):
+            for number, use_ssl in enumerate(("no", "yes"), 1):
+                daemon.write_config(CLIENT_PORT=port, **{**self.keys, "USE_SSL": use_ssl})
+                daemon.process.send_signal(signal.SIGHUP)
+                daemon.wait_for_log("configuration reloaded", number)
+                with self.browser(port) as browser:
+                    daemon.trigger()
+                    self.assertEqual(browser.phones(1), ["0312345678"])
+            self.assertEqual(len(daemon.wait_for_log("USE_SSL has changed: that needs")), 1)
 
     def test_coming_and_going_leaves_nothing(self) -> None:
         with self.daemon() as (daemon, port):
@@ -4065,7 +4087,7 @@ class TestSwitchboard(unittest.TestCase):
             if chance.random() < 0.1:
                 event.pop(chance.choice(fields), None)
             for told in self.board.receive_event(event):
-                popup_notifier.check_parameters(told.items())
+                popup_notifier.parse_parameters(told.items())
             if step % 1000 == 0:
                 self.board.disconnect()
         self.list()  # what stood in the list until now
