@@ -162,8 +162,9 @@ def quote_unless_plain(text: str) -> str:
 
 # --- 1. Configuration --------------------------------------------------------------------------
 #
-# A new key is a row in KEYS and a field of Config; popup-notifier.conf and the README have it, as
-# tests check. A Config never changes, so any thread may read it: a reload makes another.
+# A new key is a row in KEYS, below the parsers, and a field of Config; popup-notifier.conf and
+# the README have it, as tests check. A Config never changes, so any thread may read it: a reload
+# makes another.
 # A parser raises ValueError with the rest of a sentence that begins with the value.
 
 
@@ -4519,13 +4520,11 @@ DESK_PAGE = r"""<!doctype html>
  d='M20 14c-4 2-6 6-5 10 4 14 11 21 25 26 4 1 8-1 10-5l-9-8-6 4c-5-3-8-6-10-11l4-6z'
  fill='%23fff'/%3E%3C/svg%3E">
 <style>
-  :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --paper: #f6f8fa;
-    --card: #fff; --rule: #d1d9e0; --ringing: #1a7f37; --talking: #0969da; --missed: #cf222e;
-    --rang: #9a6700 }
-  @media (prefers-color-scheme: dark) {
-    :root { --ink: #e6edf3; --soft: #9198a1; --paper: #0d1117; --card: #161b22; --rule: #3d444d;
-      --ringing: #3fb950; --talking: #58a6ff; --missed: #ff7b72; --rang: #d29922 }
-  }
+  :root { color-scheme: light dark; --ink: light-dark(#1f2328, #e6edf3);
+    --soft: light-dark(#59636e, #9198a1); --paper: light-dark(#f6f8fa, #0d1117);
+    --card: light-dark(#fff, #161b22); --rule: light-dark(#d1d9e0, #3d444d);
+    --ringing: light-dark(#1a7f37, #3fb950); --talking: light-dark(#0969da, #58a6ff);
+    --missed: light-dark(#cf222e, #ff7b72); --rang: light-dark(#9a6700, #d29922) }
   body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui }
   header, main { max-width: 1080px; margin: 0 auto; padding: 12px 16px }
   header, form { display: flex; flex-wrap: wrap; align-items: center; gap: 8px }
@@ -4568,6 +4567,7 @@ DESK_PAGE = r"""<!doctype html>
     #calls td:nth-child(3) { grid-column: 1 / 3; grid-row: 3; color: var(--soft) }
   }
 </style>
+<h1 class="aloud">popup-notifier</h1>
 <header>
   <p id="state" role="status"></p>
   <form>
