@@ -4676,8 +4676,8 @@ DESK_PAGE = r"""<!doctype html>
     const missed = shown.filter(isNew);
     const name = n.exten || say('all');
     const count = missed.length ? `(${missed.length}) ${say('missed')}` : '';
-    const news = status.state === 'open' ? count : status.text;
-    document.title = news ? `${news} – ${name}` : name;
+    const fact = status.state === 'open' ? count : status.text;
+    document.title = fact ? `${fact} – ${name}` : name;
   }
   function newRow() {
     const row = document.createElement('tr');
@@ -4721,8 +4721,8 @@ DESK_PAGE = r"""<!doctype html>
     });
   }
 
-  function onStatus(news) {
-    status = news;
+  function onStatus(latest) {
+    status = latest;
     find('#state').textContent = status.text;
     find('#state').className = status.state !== 'open' ? 'bad' : status.reason || 'open';
     return false; // it is all said here

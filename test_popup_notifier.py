@@ -144,7 +144,7 @@ class Daemon:
         self.config.touch(0o600)
         self.write_config(**keys) if text is None else self.config.write_text(text)
         self.lines: list[str] = []
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
         self.process = subprocess.Popen(
             [*command, sys.executable, str(program), "--config", str(self.config)],
             stdin=subprocess.DEVNULL,
@@ -169,9 +169,9 @@ class Daemon:
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            with self._news:
+            with self._changed:
                 self.lines.append(line.rstrip("\n"))
-                self._news.notify_all()
+                self._changed.notify_all()
 
     def __enter__(self) -> Daemon:
         with contextlib.ExitStack() as stack:
@@ -215,13 +215,13 @@ class Daemon:
         def found() -> list[str]:
             return [line for line in self.lines if re.search(pattern, line)]
 
-        with self._news:
+        with self._changed:
             while len(found()) < count:
                 if self.process.poll() is not None and not self._reader.is_alive():
                     raise AssertionError(f"the daemon ended: {self.lines}")
                 if time.monotonic() > deadline:
                     raise AssertionError(f"{count} times {pattern!r} not in {self.lines[-20:]}")
-                self._news.wait(0.2)
+                self._changed.wait(0.2)
             return found()
 
     def connect(

@@ -538,10 +538,10 @@ class Leg:
             self.peer, (f"SIP/2.0 {status}", *lines, f"To: {to}", *contact, *fields), body
         )
 
-    def heed(self, message: Message) -> None:
+    def receive(self, message: Message) -> None:
         """Do what a message asks for. Called by the phone's thread."""
         if message.status:
-            self.heed_response(message)
+            self.receive_response(message)
         elif message.method == "INVITE" and self.state == "new":
             self.invite, self.theirs = message, message.get("From")
             self.target = message.get("Contact").strip("<>")
@@ -561,7 +561,7 @@ class Leg:
             elif message.body.startswith("SIP/2.0 200"):  # the NOTIFY of a transfer that was made
                 self.hang_up()
 
-    def heed_response(self, message: Message) -> None:
+    def receive_response(self, message: Message) -> None:
         """Take the answer to our own call."""
         if message.method != "INVITE" or message.status < 180:
             return
@@ -615,7 +615,7 @@ class Phone:
         self.name, self.address = name, ADDRESSES[name]
         self.contact = f"<sip:{name}@{self.address}:{SIP_PORT}>"
         self.legs: dict[str, Leg] = {}
-        self.news = threading.Condition(threading.RLock())
+        self.changed = threading.Condition(threading.RLock())
         self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.sock.bind((self.address, SIP_PORT))
         self.sdp = (
@@ -630,11 +630,11 @@ class Phone:
             data, peer = self.sock.recvfrom(65536)
             message = Message(data)
             call_id = message.get("Call-ID")
-            with self.news:
+            with self.changed:
                 if call_id not in self.legs:
                     self.legs[call_id] = Leg(self, peer, call_id, "")
-                self.legs[call_id].heed(message)
-                self.news.notify_all()
+                self.legs[call_id].receive(message)
+                self.changed.notify_all()
 
     def send(self, peer: tuple[str, int], lines: Any, body: str) -> None:
         """Send a message."""
@@ -648,7 +648,7 @@ class Phone:
         leg = Leg(self, pbx, call_id, f"{caller or self.contact};tag={call_id}")
         leg.target = f"sip:{quote(number)}@{pbx[0]}:{pbx[1]}"
         leg.theirs = f"<{leg.target}>"
-        with self.news:
+        with self.changed:
             self.legs[call_id] = leg
             leg.request("INVITE", *fields, body=self.sdp)
         return leg
@@ -660,15 +660,15 @@ class Phone:
             legs = [leg for leg in self.legs.values() if leg.state != "over"]
             return legs[-newest] if legs and legs[-newest].state in states else None
 
-        with self.news:
-            if not self.news.wait_for(found, CALL_TIMEOUT):
+        with self.changed:
+            if not self.changed.wait_for(found, CALL_TIMEOUT):
                 states_now = [leg.state for leg in self.legs.values()]
                 raise AssertionError(f"{self.name}: {' or '.join(states)} expected, {states_now}")
             return found() or self.leg(*states)
 
     def forget(self) -> None:
         """End what calls there are."""
-        with self.news:
+        with self.changed:
             for leg in self.legs.values():
                 if leg.state == "ringing" and leg.invite is not None:
                     leg.refuse("480 Temporarily Unavailable")
