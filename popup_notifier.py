@@ -1911,8 +1911,9 @@ class Hub:
     def _deliver(self, calls: list[Call]) -> list[int]:
         """Send calls, those for one browser in one go; return how many browsers get each."""
         frames = b"".join([call.frame for call in calls])
-        for browser in [each for each in self._present.unfiltered if each not in self._lagging]:
-            self._send(browser, frames)
+        for browser in list(self._present.unfiltered):
+            if browser not in self._lagging:
+                self._send(browser, frames)
         shares: dict[Browser, bytes] = {}
         counts = []
         for extens, group in itertools.groupby(calls, lambda call: call.extens):
