@@ -3428,7 +3428,7 @@ class TestRelay(unittest.TestCase):
                             daemon.trigger(f"&name={'x' * 2000}", phone=str(number)), 200
                         )
                     self.assertEqual(browser.phones(30), [str(number) for number in range(30)])
-                self.assertEqual(len(daemon.wait_for_log("Redis is ")), 1)
+                self.assertNotIn("Redis is away", "".join(daemon.lines))
             with Redis(*options), Daemon(REDIS_URL=url) as daemon:
                 daemon.wait_for_log(f"{AWAY}: .*certificate")
 
@@ -4332,7 +4332,8 @@ class TestAsterisk(unittest.TestCase):
         ):
             with self.subTest(line), FakeAsterisk(banner) as pbx:
                 keys = {**pbx.keys, "AMI_URL": pbx.keys["AMI_URL"].replace("ge%40heim", secret)}
-                statements = ("p.AMI_TIMEOUT = 0.1", "p.AMI_DELAYS = (0.01, 0.02)")
+                seconds = 5 if banner else 0.1  # whoever says something says it in time
+                statements = (f"p.AMI_TIMEOUT = {seconds}", "p.AMI_DELAYS = (0.01, 0.02)")
                 with patched(*statements) as program, Daemon(program=program, **keys) as daemon:
                     daemon.wait_for_log(f"Asterisk is away: popup@.*{line}")
                     self.assertRegex(self.get(daemon, "/healthz"), f"Asterisk away since .*{line}")
