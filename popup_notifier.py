@@ -1736,12 +1736,8 @@ class Hub:
             self._registry[browser] = None
             self._arrivals.append(browser)
             browser.unsent = greeting
-            try:
+            with contextlib.suppress(OSError):  # no room, or it is gone: the Hub's thread will see
                 browser.unsent = greeting[browser.send(greeting) :]
-            except WOULD_BLOCK:
-                pass
-            except OSError:  # the Hub's thread will see it, too
-                log.debug("browser %s left during its handshake", browser)
             # Done here, it costs no change of threads: epoll may be told of a socket while another
             # thread waits for it, and the selector's table is a dict.
             self.loop.watch(browser.sock, READ, browser)
@@ -1897,10 +1893,8 @@ class Hub:
                 is_needed = self._lagging or self._arrivals
                 self._log.forget(self._cursor, STALL_TIMEOUT if is_needed else 0)
         for call, count in delivered:
-            newcomers = [
-                each for each in arrivals if each.cursor <= call.place and each.wants(call)
-            ]
-            self._log_call(call, count + len(newcomers))
+            count += sum(each.cursor <= call.place and each.wants(call) for each in arrivals)
+            self._log_call(call, count)
         if arrivals:
             self._make_room()
             self._log_arrivals(arrivals)
