@@ -4791,6 +4791,8 @@ class TestCommandLine(unittest.TestCase):
                     daemon.browser() as browser,
                 ):
                     daemon.write_config(PING_INTERVAL=3600, CRMWS_ALLOW="192.0.2.1")
+                    browser.send(Opcode.PING, b"")
+                    self.assertEqual(browser.frame()[0], Opcode.PONG)  # now all is quiet
                     sign.touch()
                     daemon.process.send_signal(number)
                     opcode, payload = browser.frame()
