@@ -496,7 +496,7 @@ def readme_blocks(language: str) -> list[str]:
 
 # --- 1. Configuration --------------------------------------------------------------------------
 
-SEED_CONFIG = """\
+GO_CONFIG_1 = """\
 # listenするポート番号。デフォルトは8080。
 PORT=8989
 
@@ -587,8 +587,8 @@ class TestConfig(unittest.TestCase):
     def parse(self, text: str | bytes) -> tuple[popup_notifier.Config, list[str]]:
         return parse_config(text.encode() if isinstance(text, str) else text, "f")
 
-    def test_seed_configuration(self) -> None:
-        config, oddities = self.parse(SEED_CONFIG)
+    def test_configuration_of_the_go_daemon_with_one_port(self) -> None:
+        config, oddities = self.parse(GO_CONFIG_1)
         self.assertEqual((config.port, config.secret_token), (8989, "mytoken"))
         self.assertEqual(str(config.trigger_allow), "127.0.0.1/32")
         self.assertEqual(str(config.crmws_allow), "127.0.0.1/32, 192.168.0.0/16")
@@ -602,7 +602,7 @@ class TestConfig(unittest.TestCase):
         self.assertFalse(config.trigger_allow.allows(ip_address("127.0.0.1")))
         self.assertFalse(config.crmws_allow.allows(ip_address("::1")))
 
-    def test_numbers_from_the_lowest_to_the_highest(self) -> None:
+    def test_numbers_outside_their_bounds_are_refused(self) -> None:
         for name, low, high in (
             ("PORT", 1, 65535),
             ("CLIENT_PORT", 1, 65535),
@@ -617,7 +617,7 @@ class TestConfig(unittest.TestCase):
                 with self.subTest(name, number=number), self.assertRaises(ConfigError):
                     self.parse(f"SECRET_TOKEN=t\n{name}={number}")
 
-    def test_words_for_yes_and_no(self) -> None:
+    def test_yes_and_no_may_be_said_in_several_words(self) -> None:
         files = "CLIENT_PORT=1\nCERT_FILE=/c\nKEY_FILE=/k"
         for words, expected in (("yes true 1 on YES", True), ("no false 0 off No", False)):
             for word in words.split():
@@ -625,7 +625,7 @@ class TestConfig(unittest.TestCase):
                     config, _ = self.parse(f"SECRET_TOKEN=t\nUSE_SSL={word}\n{files}")
                     self.assertIs(config.use_ssl, expected)
 
-    def test_encodings_and_line_ends(self) -> None:
+    def test_any_encoding_of_comments_and_any_line_end_can_be_read(self) -> None:
         for label, data in [
             ("BOM", b"\xef\xbb\xbfPORT=81\nSECRET_TOKEN=t\n"),
             ("CR LF", b"PORT=81\r\nSECRET_TOKEN=t\r\n"),
@@ -639,7 +639,7 @@ class TestConfig(unittest.TestCase):
                 config, oddities = self.parse(data)
                 self.assertEqual((config.port, config.secret_token, oddities), (81, "t", []))
 
-    def test_token_keeps_signs(self) -> None:
+    def test_token_may_hold_equal_and_number_signs(self) -> None:
         self.assertEqual(self.parse("SECRET_TOKEN=a=b#c")[0].secret_token, "a=b#c")
 
     def test_mistakes_name_line_key_and_value(self) -> None:
@@ -648,12 +648,12 @@ class TestConfig(unittest.TestCase):
                 self.parse("# f\n" + text)
             self.assertIn(expected, "\n".join(caught.exception.lines))
 
-    def test_all_mistakes_at_once(self) -> None:
+    def test_all_mistakes_are_named_at_once(self) -> None:
         with self.assertRaises(ConfigError) as caught:
             self.parse("PORT=x\nLISTEN=y\n")
         self.assertEqual(len(caught.exception.lines), 3)
 
-    def test_secret_is_never_shown(self) -> None:
+    def test_mistake_in_a_secret_does_not_show_it(self) -> None:
         for text in (
             "SECRET_TOKEN=geheim geheim",
             "SECRET_TOKEN geheim",
@@ -666,7 +666,7 @@ class TestConfig(unittest.TestCase):
                 self.parse(text)
             self.assertNotIn("geheim", str(caught.exception))
 
-    def test_oddities_are_warned_of(self) -> None:
+    def test_unknown_and_repeated_keys_are_warned_of(self) -> None:
         _, oddities = self.parse("SECRET_TOKEN=t\nPORT=1\nPROT=2\nPORT=3\nwhat=4")
         self.assertEqual(
             oddities,
@@ -797,13 +797,13 @@ class TestManagerURL(unittest.TestCase):
             self.assertIn(expected, str(caught.exception))
             self.assertNotIn("heim", str(caught.exception))
 
-    def test_one_without_the_other(self) -> None:
+    def test_ami_url_needs_ami_trunks_and_the_reverse(self) -> None:
         with self.assertRaisesRegex(ConfigError, "AMI_URL needs .* AMI_TRUNKS=provider for"):
             self.parse("AMI_URL=ami://u:p@h")
         with self.assertRaisesRegex(ConfigError, "AMI_TRUNKS is for AMI_URL, which is missing"):
             self.parse("AMI_TRUNKS=provider")
 
-    def test_check_says_as_what_and_where(self) -> None:
+    def test_check_shows_user_address_and_trunks_but_no_secret(self) -> None:
         config = self.parse("AMI_URL=ami://u:geheim@[::1]\nAMI_TRUNKS= B-2, a")
         lines = [*popup_notifier.describe_config(config)]
         self.assertIn("AMI_URL=u@[::1]:5038", lines)
@@ -910,7 +910,7 @@ class TestClientAddress(unittest.TestCase):
                     address = popup_notifier.client_address(*arguments)
                     self.assertEqual(address, ip_address(expected))
 
-    def test_lists_apply_to_who_is_behind_the_proxy(self) -> None:
+    def test_access_lists_apply_to_the_address_behind_the_proxy(self) -> None:
         with Daemon(TRIGGER_ALLOW="192.0.2.7", TRUSTED_PROXIES="127.0.0.8") as daemon:
             for forwarded, source, status in [
                 ("192.0.2.7", "127.0.0.8", 200),
@@ -1089,7 +1089,7 @@ class TestHandshake(unittest.TestCase):
     def test_accept_key_of_the_rfc(self) -> None:
         self.assertEqual(check_handshake(GOOD_HANDSHAKE), "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")
 
-    def test_field_by_field(self) -> None:
+    def test_fields_that_break_the_rfc_are_refused(self) -> None:
         for different, status in HANDSHAKES:
             with self.subTest(different):
                 try:
@@ -1102,7 +1102,7 @@ class TestHandshake(unittest.TestCase):
                         self.assertEqual(error.fields["Upgrade"], "websocket")
                 self.assertEqual(answered, status)
 
-    def test_every_field_is_needed(self) -> None:
+    def test_missing_field_is_refused(self) -> None:
         for name in GOOD_HANDSHAKE:
             with self.subTest(name), self.assertRaises(RequestError):
                 check_handshake(
@@ -1195,7 +1195,7 @@ class TestWebSocketProtocol(unittest.TestCase):
         protocol.receive_data(masked(8, b"\x03\xe9"))
         self.assertEqual((protocol.data_to_send(), protocol.is_closed), (b"", True))
 
-    def test_echo_in_ten_lines(self) -> None:
+    def test_echo_server_needs_no_socket(self) -> None:
         # What a conformance suite needs: no socket, no change to the file.
         protocol = WebSocketProtocol(max_message=1 << 24)
         protocol.receive_data(masked(1, b"a" * 100_000) + masked(2, b"b"))
@@ -1204,7 +1204,7 @@ class TestWebSocketProtocol(unittest.TestCase):
         expected = serialize_frame(Opcode.TEXT, b"a" * 100_000) + b"\x82\x01b"
         self.assertEqual(protocol.data_to_send(), expected)
 
-    def test_fuzz_chunks_do_not_matter(self) -> None:
+    def test_fuzzed_streams_mean_the_same_in_any_chunks(self) -> None:
         chance = random.Random(6455)
         pieces = [stream for _, stream, _, _ in GOOD_STREAMS if len(stream) < 1000]
         pieces += [stream for _, stream, _ in BAD_STREAMS if len(stream) < 1000]
@@ -1362,7 +1362,7 @@ class TestCallTracker(unittest.TestCase):
                     extens = popup_notifier.split_extens(told)
                     self.assertEqual(tracker.track(parameters, now), extens)
 
-    def test_the_oldest_are_forgotten_first(self) -> None:
+    def test_oldest_calls_are_forgotten_first(self) -> None:
         tracker = popup_notifier.CallTracker()
         for now, unique in ((0.0, "old"), (3000.0, "new"), (6000.0, "last")):
             tracker.track({"exten": "201", "uniqueid": unique}, now)
@@ -1370,7 +1370,7 @@ class TestCallTracker(unittest.TestCase):
         for unique, told in (("new", {"201", "202"}), ("old", {"202"})):
             self.assertEqual(tracker.track({**answer, "uniqueid": unique}, 6000.0), told)
 
-    def test_it_does_not_grow(self) -> None:
+    def test_calls_that_never_end_do_not_fill_the_memory(self) -> None:
         tracker = popup_notifier.CallTracker()
         for number in range(popup_notifier.MAX_HISTORY + 9):
             tracker.track({"exten": "201", "uniqueid": str(number)}, 0.0)
@@ -1397,7 +1397,7 @@ class TestLog(unittest.TestCase):
                     last = json.loads(frames[-1][1])["id"]
                     self.assertEqual((alive["type"], alive["id"]), ("ALIVE", last))
 
-    def test_who_begins_at_the_oldest_call_gets_it(self) -> None:
+    def test_reader_at_the_oldest_call_gets_it(self) -> None:
         stream = popup_notifier.LocalStream(60)
         trigger = popup_notifier.Trigger("k", 1, {"phone": "1", "exten": "all"}, "", 0.0)
         now = time.monotonic()
@@ -1411,7 +1411,7 @@ class TestLog(unittest.TestCase):
         assert slice_ is not None
         self.assertEqual([call.id.sequence for call in slice_.calls], [1, 2])
 
-    def test_those_who_never_read_the_history_cost_no_memory(self) -> None:
+    def test_browsers_that_never_read_cost_no_memory(self) -> None:
         with Daemon(HISTORY=600) as daemon, contextlib.ExitStack() as stack:
             for number in range(4000):
                 daemon.trigger(TestSlowBrowsers.KILOBYTE, str(number))
@@ -1429,7 +1429,7 @@ class TestLog(unittest.TestCase):
 class TestDeadlineQueue(unittest.TestCase):
     """Who is due when."""
 
-    def test_the_first_due_comes_first(self) -> None:
+    def test_first_due_comes_first(self) -> None:
         queue: popup_notifier.DeadlineQueue[str] = popup_notifier.DeadlineQueue(10)
         for now, item in enumerate("abcd"):
             queue.add(item, now)
@@ -1522,7 +1522,7 @@ class TestHub(unittest.TestCase):
                 self.assertEqual(browser.sock.recv(1), b"")
                 daemon.wait_for_log(r"browser gone: 127.0.0.1 closed with 4000 \(0 connected\)")
 
-    def test_call_comes_before_those_who_are_served_later(self) -> None:
+    def test_call_goes_before_what_other_browsers_sent(self) -> None:
         with patched(
             "serve, calls = p.Hub._receive, iter('12')",
             "def receive(self, browser):",
@@ -1542,7 +1542,7 @@ class TestHub(unittest.TestCase):
                 first = sorted(browser.frame()[0] for browser in browsers)
             self.assertEqual(first, [Opcode.TEXT, Opcode.PONG])
 
-    def test_frames_leave_at_once(self) -> None:
+    def test_browsers_have_tcp_nodelay(self) -> None:
         with patched(
             "subscribe = p.Hub.subscribe",
             "def show(self, browser, greeting):",
@@ -1554,7 +1554,7 @@ class TestHub(unittest.TestCase):
             with Daemon(program=program) as daemon, daemon.browser():
                 daemon.wait_for_log("TCP_NODELAY is 1")
 
-    def test_log_names_some_of_many(self) -> None:
+    def test_log_names_some_of_many_browsers(self) -> None:
         hold = "p.Hub.admit_arrivals = lambda self: len(self._arrivals) == 6 and self.loop.wake()"
         with patched(hold) as program, contextlib.ExitStack() as stack:
             daemon = stack.enter_context(Daemon(program=program))
@@ -1689,7 +1689,7 @@ class TestSubscription(unittest.TestCase):
                 expected = [phone for phone in everything if int(phone) % 4 != missed]
                 self.assertEqual(browser.phones(len(expected)), expected)
 
-    def test_log_says_why_nobody_was_told(self) -> None:
+    def test_log_says_why_no_browser_got_a_call(self) -> None:
         with Daemon() as daemon:
             daemon.trigger("&exten=7")
             daemon.wait_for_log("call ")
@@ -1778,7 +1778,7 @@ class TestRecovery(unittest.TestCase):
             with daemon.browser("?since=") as browser:
                 self.assertEqual(browser.hello()["id"], first["id"])
 
-    def test_who_keeps_up_hears_the_calls_and_nothing_else(self) -> None:
+    def test_browser_that_keeps_up_gets_the_calls_and_nothing_else(self) -> None:
         with Daemon() as daemon, daemon.browser("?since=") as browser:
             browser.hello()
             self.assertEqual(json.loads(browser.frame()[1])["type"], "ALIVE")  # once, at first
@@ -1807,7 +1807,7 @@ class TestRecovery(unittest.TestCase):
                 for number in range(5):
                     daemon.trigger(f"&exten={201 + number % 2}", phone=str(number))
 
-    def test_page_that_begins_with_the_last_calls(self) -> None:
+    def test_browser_may_begin_with_the_last_calls(self) -> None:
         with Daemon() as daemon:
             sent = [(str(number), str(201 + number % 3)) for number in range(9)]
             for phone, exten in sent:
@@ -1827,7 +1827,7 @@ class TestRecovery(unittest.TestCase):
                     self.assertEqual(browser.hello()["id"], hello["id"])
                     self.assertEqual(browser.phones(1), ([*wanted, "x"][-last:])[:1])
 
-    def test_pages_hear_of_a_reload_at_once(self) -> None:
+    def test_reload_tells_browsers_of_a_new_interval_and_url_at_once(self) -> None:
         with Daemon(PING_INTERVAL=3000) as daemon, daemon.browser("?since=") as browser:
             hello = browser.hello()
             self.assertEqual((hello["interval"], "open" in hello), (3000, False))
@@ -1845,7 +1845,7 @@ class TestRecovery(unittest.TestCase):
             with daemon.browser("?since=") as other:
                 self.assertEqual(other.hello()["open"], url)
 
-    def test_large_calls_do_not_fill_the_memory(self) -> None:
+    def test_large_calls_shorten_the_history(self) -> None:
         body = b"token=%s&phone=1&text=" % TOKEN.encode()
         # In the message each of these letters takes six bytes for two.
         parts = [b"%02d=" % number + 2_000 * "é".encode() for number in range(16)]
@@ -2245,7 +2245,7 @@ class TestTrigger(unittest.TestCase):
                     self.assertEqual((status_of(answer), answer[-6:]), (200, b"\r\n\r\nOK"))
                     self.assertEqual(browser.message()["data"], data)
 
-    def test_bad_delivers_nothing(self) -> None:
+    def test_refused_trigger_says_why_and_delivers_nothing(self) -> None:
         with Daemon() as daemon, daemon.browser() as browser:
             for label, query, head, body, status, text in BAD_TRIGGERS:
                 with self.subTest(label):
@@ -2256,7 +2256,7 @@ class TestTrigger(unittest.TestCase):
             self.assertEqual(daemon.trigger(phone="42"), 200)
             self.assertEqual(browser.phones(1), ["42"])
 
-    def test_order_of_refusals(self) -> None:
+    def test_path_method_address_and_token_are_checked_in_this_order(self) -> None:
         with Daemon(TRIGGER_ALLOW="127.0.0.2", CRMWS_ALLOW="127.0.0.3") as daemon:
             for request, source, status in [
                 ("GET /nowhere", "127.0.0.9", 404),
@@ -2301,14 +2301,14 @@ class TestTrigger(unittest.TestCase):
             self.assertTrue(line.isprintable(), line)
             self.assertRegex(line, r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} [A-Z]+ ")
 
-    def test_localhost_is_both_families(self) -> None:
+    def test_localhost_is_ipv4_and_ipv6(self) -> None:
         with Daemon() as daemon:
             for host in ("127.0.0.1", "::1"):
                 with self.subTest(host):
                     request = trigger_request("?phone=1&token={token}", "", b"")
                     self.assertEqual(status_of(daemon.exchange(request, host=host)), 200)
 
-    def test_body_in_pieces_and_expect_continue(self) -> None:
+    def test_body_may_come_byte_by_byte_and_after_100_continue(self) -> None:
         body = f"phone=1&token={TOKEN}".encode()
         head = f"POST /api/trigger HTTP/1.1\r\nHost: h\r\nContent-Length: {len(body)}\r\n"
         with Daemon() as daemon:
@@ -2332,7 +2332,7 @@ class TestTrigger(unittest.TestCase):
                 self.assertEqual(status_of(receive_all(sock)), 200)
 
     @needs("curl")
-    def test_line_of_the_seed(self) -> None:
+    def test_one_line_of_curl_triggers_a_call(self) -> None:
         with Daemon(SECRET_TOKEN="mytoken") as daemon, daemon.browser() as browser:
             url = f"http://127.0.0.1:{daemon.port}/api/trigger?phone=0312345678&exten=201&token=mytoken"
             command = ["curl", "-s", "-X", "POST", url, "-m", "1"]
@@ -2394,7 +2394,7 @@ class TestBrowserToken(unittest.TestCase):
 class TestClientPort(unittest.TestCase):
     """CLIENT_PORT."""
 
-    def test_it_is_for_browsers_only(self) -> None:
+    def test_client_port_serves_browsers_only(self) -> None:
         port = free_port()
         with Daemon(CLIENT_PORT=port) as daemon:
             main_port, daemon.port = daemon.port, port
@@ -2441,7 +2441,7 @@ class TestServer(unittest.TestCase):
             daemon.wait_for_log("call ")
             self.assertEqual(len(daemon.lines), 2, daemon.lines)
 
-    def test_connection_that_is_gone_before_it_is_accepted(self) -> None:
+    def test_connection_that_is_gone_before_it_is_accepted_harms_nobody(self) -> None:
         with patched(
             "accept, fails = p.socket.socket.accept, iter([1] * 3)",
             "def accept_some(sock):",
@@ -2452,13 +2452,13 @@ class TestServer(unittest.TestCase):
             with Daemon(program=program) as daemon:
                 self.assertEqual(daemon.trigger(), 200)
 
-    def test_date_of_an_answer(self) -> None:
+    def test_answer_has_a_date(self) -> None:
         with Daemon() as daemon:
             answer = daemon.get("/healthz")
         day = r"\r\nDate: [A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT\r\n"
         self.assertRegex(answer, day)
 
-    def test_too_long_a_head(self) -> None:
+    def test_too_long_a_head_is_refused(self) -> None:
         with Daemon() as daemon:
             answer = daemon.exchange(b"GET /" + b"a" * 20000)
             self.assertEqual(status_of(answer), 431)
@@ -2482,7 +2482,7 @@ class TestServer(unittest.TestCase):
         with Daemon() as daemon:
             self.assertEqual(status_of(daemon.exchange(request)), 426)
 
-    def test_threads_that_cannot_start_leave_their_places(self) -> None:
+    def test_request_thread_that_cannot_start_is_answered_with_503(self) -> None:
         with patched(
             "start, fails = p.Server.process_request, iter([1] * 40)",
             "def process_request(*args):",
@@ -2676,7 +2676,7 @@ class TestTLS(unittest.TestCase):
             self.assertEqual(status_of(answer), 400)
             self.assertIn(b"the address begins with https:// or wss://", answer)
 
-    def test_certificate_that_is_no_use(self) -> None:
+    def test_certificate_that_cannot_be_used_is_a_mistake(self) -> None:
         other = self.certificates.make("other")
         garbage = self.certificates.path("garbage.pem")
         Path(garbage).write_text("garbage")
@@ -2714,7 +2714,7 @@ class TestTLS(unittest.TestCase):
                     self.assertEqual(browser.phones(1), ["0312345678"])
             self.assertEqual(len(daemon.wait_for_log("USE_SSL has changed: that needs")), 1)
 
-    def test_coming_and_going_leaves_nothing(self) -> None:
+    def test_browsers_that_come_and_go_leave_no_descriptor(self) -> None:
         with self.daemon() as (daemon, port):
             before = daemon.descriptors()
             chance = random.Random(19)
@@ -2799,7 +2799,7 @@ class TestReply(unittest.TestCase):
             with self.subTest(label), self.assertRaises(popup_notifier.ReplyError):
                 self.replies(stream)
 
-    def test_reply_that_ends_too_early(self) -> None:
+    def test_reply_that_ends_too_early_is_refused(self) -> None:
         _, stream, _ = GOOD_REPLIES[-1]
         for cut in range(1, len(stream)):
             with (
@@ -2881,7 +2881,7 @@ AWAY = "Redis is away"
 
 
 @needs("redis-server")
-class TestRelay(unittest.TestCase):
+class TestRedisStream(unittest.TestCase):
     """Several daemons and a real Redis."""
 
     def pair(
@@ -2969,7 +2969,7 @@ class TestRelay(unittest.TestCase):
                 self.assertEqual(stays.phones(2), ["1", "2"])
                 self.assertEqual(moved.phones(1), ["2"])
 
-    def test_position_that_is_ahead_of_the_clocks(self) -> None:
+    def test_position_ahead_of_the_clocks_is_complete(self) -> None:
         with Redis() as redis, contextlib.ExitStack() as stack:
             one = stack.enter_context(Daemon(REDIS_URL=redis.url))
             one.wait_for_log(UP)
@@ -3048,7 +3048,7 @@ class TestRelay(unittest.TestCase):
             for daemon in (one, other):
                 self.assertEqual(len(daemon.wait_for_log(AWAY)), 1)
 
-    def test_call_that_comes_late_says_so(self) -> None:
+    def test_time_of_a_late_call_is_when_it_was_triggered(self) -> None:
         with Redis() as redis, contextlib.ExitStack() as stack:
             one, other = self.pair(stack, redis)
             here = stack.enter_context(one.browser())
@@ -3089,7 +3089,7 @@ class TestRelay(unittest.TestCase):
                     phones += browser.phones(1)
                 self.assertLessEqual(set(phones), {"2", "3"})
 
-    def test_all_parameters_that_may_be_reach_every_daemon(self) -> None:
+    def test_the_most_parameters_reach_every_daemon(self) -> None:
         with Redis() as redis, contextlib.ExitStack() as stack:
             one, other = self.pair(stack, redis)
             more = "".join(f"&x{number}=1" for number in range(popup_notifier.MAX_PARAMETERS - 2))
@@ -3098,7 +3098,7 @@ class TestRelay(unittest.TestCase):
                 self.assertEqual(len(browser.message()["data"]), popup_notifier.MAX_PARAMETERS)
                 self.assertEqual(one.trigger(f"{more}&y=1"), 400)
 
-    def test_call_that_waits_too_long_is_given_up(self) -> None:
+    def test_call_that_waits_longer_than_the_history_is_given_up(self) -> None:
         # Nobody asks how it is meanwhile, and no other call comes.
         with patched("p.REDIS_KEEP = 0.01") as program, Redis() as redis:
             with Daemon(program=program, REDIS_URL=redis.url, HISTORY=0) as daemon:
@@ -3112,7 +3112,7 @@ class TestRelay(unittest.TestCase):
                 # The one that is no call.
                 self.assertEqual(redis.ask("XLEN", "popup-notifier"), 1)
 
-    def test_entry_that_comes_again_after_many_others(self) -> None:
+    def test_entry_that_comes_again_after_many_others_is_skipped(self) -> None:
         with patched("p.MAX_HISTORY = 3") as program, Redis() as redis:
             with Daemon(program=program, REDIS_URL=redis.url) as daemon:
                 daemon.wait_for_log(UP)
@@ -3159,7 +3159,7 @@ class TestRelay(unittest.TestCase):
                 self.assertGreaterEqual(seconds[0], 0.05)
                 self.assertGreaterEqual(seconds[-1], 0.2)
 
-    def test_stream_in_which_nothing_happens_is_in_order(self) -> None:
+    def test_quiet_stream_has_lost_no_calls(self) -> None:
         with patched("p.REDIS_BLOCK = 0.1") as program, Redis() as redis:
             with Daemon(program=program, REDIS_URL=redis.url) as daemon:
                 daemon.wait_for_log(UP)
@@ -3266,7 +3266,7 @@ class TestRelay(unittest.TestCase):
             self.assertIn(f"REDIS_URL={popup_notifier.parse_redis_url(url)}\n", done.stdout)
             self.assertNotIn(password, done.stdout + done.stderr)
 
-    def test_refusal_that_repeats_the_password(self) -> None:
+    def test_refusal_that_repeats_the_password_is_not_shown(self) -> None:
         with Redis("--rename-command", "AUTH", "") as redis:
             url = f"redis://someone:geheim@127.0.0.1:{redis.port}"
             with Daemon(REDIS_URL=url) as daemon:
@@ -3282,7 +3282,7 @@ class TestRelay(unittest.TestCase):
         path.write_text(f"SECRET_TOKEN=t\nREDIS_URL={url}\n")
         return path
 
-    def test_configuration_of_the_readme(self) -> None:
+    def test_readme_configuration_of_redis(self) -> None:
         (block,) = (block for block in readme_blocks("text") if "appendonly" in block)
         (line,) = (block for block in readme_blocks("ini") if "REDIS_URL" in block)
         user = next(row for row in block.splitlines() if row.startswith("user popup "))
@@ -3305,7 +3305,7 @@ class TestRelay(unittest.TestCase):
                         self.assertEqual(browser.phones(1), ["0312345678"])
                     daemon.wait_for_log(f'{AWAY}: {address} refuses: "NOPERM')
 
-    def test_somebody_who_is_no_redis(self) -> None:
+    def test_peer_that_is_no_redis_is_named(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as server:
             with Daemon(REDIS_URL=f"redis://127.0.0.1:{server.getsockname()[1]}") as daemon:
                 # The two that connect are the one that reads and the one that writes.
@@ -3315,7 +3315,7 @@ class TestRelay(unittest.TestCase):
                     daemon.wait_for_log(f"{AWAY}: .* answers as no Redis does: ")
                 self.assertEqual(daemon.trigger(), 200)
 
-    def test_key_that_holds_something_else(self) -> None:
+    def test_key_that_is_no_stream_is_named(self) -> None:
         with Redis() as redis:
             redis.ask("SET", "popup-notifier", "a text")
             with Daemon(REDIS_URL=redis.url) as daemon:
@@ -3371,7 +3371,7 @@ class TestRelay(unittest.TestCase):
             daemons[0].trigger()
             self.assertEqual(browser.message()["id"], "4000000000000-7")
 
-    def test_stream_that_begins_anew_behind_our_position(self) -> None:
+    def test_calls_after_a_stream_began_anew_arrive(self) -> None:
         # The other way: one node pushes the stream on before the other looks there, and reads what
         # it has written before it writes that again.
         slow = "lambda self: [setattr(each, 'written', -1e9) for each in self._pending.values()]"
@@ -3403,7 +3403,7 @@ class TestRelay(unittest.TestCase):
             one.trigger(phone="2")
             self.assertEqual((here.phones(1), there.phones(1)), (["2"], ["2"]))
 
-    def test_unix_socket(self) -> None:
+    def test_redis_at_a_unix_socket(self) -> None:
         with Redis() as redis, Daemon(REDIS_URL=f"unix://{redis.path}?db=2") as daemon:
             daemon.wait_for_log(f"calls are shared by {redis.path}")
             self.assertEqual(daemon.trigger(), 200)
@@ -3432,7 +3432,7 @@ class TestRelay(unittest.TestCase):
             with Redis(*options), Daemon(REDIS_URL=url) as daemon:
                 daemon.wait_for_log(f"{AWAY}: .*certificate")
 
-    def test_without_a_url_nothing_changes(self) -> None:
+    def test_without_redis_url_there_is_no_thread_metric_or_log_line(self) -> None:
         with Daemon() as daemon, daemon.browser() as browser:
             daemon.trigger()
             self.assertRegex(browser.message()["id"], r"^\d{13}-1$")
@@ -3481,7 +3481,7 @@ class Agent(threading.Thread):
 
 
 @needs("redis-server")
-class TestRelayUnderFire(unittest.TestCase):
+class TestRedisUnderFire(unittest.TestCase):
     """Three daemons, sixty browsers, and everything is killed."""
 
     def test_every_browser_gets_every_call_exactly_once(self) -> None:
@@ -3803,11 +3803,11 @@ class TestManagerParser(unittest.TestCase):
         self.assertEqual(self.messages(self.STREAM), self.MESSAGES)
         self.assertEqual(self.messages(*(bytes([byte]) for byte in self.STREAM)), self.MESSAGES)
 
-    def test_bytes_that_are_no_text(self) -> None:
+    def test_bytes_that_are_not_utf8_are_replaced(self) -> None:
         (message,) = self.messages(b"Name: a\xe5\xb1\nb\rc\r\n\r\n")
         self.assertEqual(message, {"Name": "a\ufffd\nb\rc"})
 
-    def test_too_much_is_cut(self) -> None:
+    def test_endless_lines_and_messages_are_cut(self) -> None:
         parser = popup_notifier.ManagerParser()
         for _ in range(1000):
             self.assertEqual(parser.receive_data(b"x" * 10_000), [])
@@ -3874,7 +3874,7 @@ class TestSwitchboard(unittest.TestCase):
             self.assertEqual(self.board.receive_event({"Event": "CoreShowChannel", **channel}), [])
         return self.short(self.board.receive_event({"Event": "CoreShowChannelsComplete"}))
 
-    def test_list_crosses_a_call_that_begins_and_one_that_ends(self) -> None:
+    def test_list_that_crosses_a_call_neither_ends_nor_revives_it(self) -> None:
         self.receive("new provider-1, new 201-2 of provider-1, dial provider-1 201-2")
         old = [
             {**channel_fields(each), "Linkedid": "provider-1"} for each in ("provider-1", "201-2")
@@ -3892,7 +3892,7 @@ class TestSwitchboard(unittest.TestCase):
         )
         self.assertEqual(self.short(self.receive("dial provider-1 201-2")), "")
 
-    def test_recorded_calls(self) -> None:
+    def test_recorded_calls_give_ring_answer_and_end(self) -> None:
         for label, events, expected in RECORDED:
             with self.subTest(label):
                 self.setUp()
@@ -3906,7 +3906,7 @@ class TestSwitchboard(unittest.TestCase):
         for kept in (self.board._channels, self.board._groups, self.board._calls):
             self.assertEqual(len(kept), 0)
 
-    def test_what_is_told_of_a_caller(self) -> None:
+    def test_number_and_name_of_a_caller(self) -> None:
         for fields, phone, name in (
             ({"CallerIDNum": "+81-3 (1234)"}, "+8131234", None),
             ({"CallerIDNum": "<unknown>"}, "anonymous", None),
@@ -3924,7 +3924,7 @@ class TestSwitchboard(unittest.TestCase):
                 self.assertEqual((told["phone"], told.get("name")), (phone, name))
                 self.assertEqual((told["did"], told["uniqueid"]), ("0311110001", "provider-1"))
 
-    def test_name_that_comes_later(self) -> None:
+    def test_name_that_the_dialplan_sets_later_counts(self) -> None:
         self.receive("new provider-1, new 201-2 of provider-1")
         self.receive("NewCallerid provider-1", CallerIDName="Sales: 山田", Event="NewCallerid")
         (told,) = self.board.receive_event(
@@ -3936,7 +3936,7 @@ class TestSwitchboard(unittest.TestCase):
         )
         self.assertEqual(told["name"], "Sales: 山田")
 
-    def test_withheld_number(self) -> None:
+    def test_withheld_number_is_anonymous_without_a_name(self) -> None:
         self.withheld.add("PJSIP/provider-1")
         name = {"CallerIDName": "Yamada"}
         self.receive("new provider-1", **name)
@@ -3962,7 +3962,7 @@ class TestSwitchboard(unittest.TestCase):
                 self.receive("new x", Channel=channel)
                 self.assertEqual(len(self.board._calls), is_trunk)
 
-    def test_call_that_the_pbx_makes_over_a_trunk(self) -> None:
+    def test_outgoing_call_over_a_trunk_is_not_shown(self) -> None:
         self.receive("new provider-1", ChannelState="0")
         self.assertEqual(self.receive("new 201-2 of provider-1, dial provider-1 201-2"), [])
 
@@ -3985,23 +3985,23 @@ class TestSwitchboard(unittest.TestCase):
         self.receive("new provider-1, new 201-2")
         self.assertEqual(self.receive("enter 201-2 lot-holding, enter provider-1 lot-holding"), [])
 
-    def test_parked_call_that_comes_back(self) -> None:
+    def test_parked_call_that_comes_back_rings_and_is_answered_again(self) -> None:
         self.receive("new provider-1, new 201-2 of provider-1, dial provider-1 201-2")
         told = self.receive("enter 201-2 a, enter provider-1 a, leave 201-2 a, hangup 201-2")
         told += self.receive("new 201-3 of provider-1, dial provider-1 201-3, enter 201-3 a")
         self.assertEqual(self.short(told), "answer 201, ring 201, answer 201")
 
-    def test_transfer_of_a_call_that_has_an_older_linkedid(self) -> None:
+    def test_call_transferred_into_an_older_one_goes_on(self) -> None:
         self.receive("new 203-1, new provider-2, new 202-3 of 203-1")
         self.receive("enter 203-1 a, enter provider-2 a of 203-1")
         self.assertEqual(self.short(self.receive("dial 203-1 202-3")), "ring 202")
 
-    def test_leaving_a_bridge_that_was_left_before(self) -> None:
+    def test_leaving_another_bridge_changes_nothing(self) -> None:
         self.receive("new provider-1, new 201-2, new 202-3")
         told = self.receive("enter 201-2 a, enter provider-1 b, leave 201-2 z, enter provider-1 a")
         self.assertEqual(self.short(told), "answer 201")
 
-    def test_conference_is_nobodys_answer(self) -> None:
+    def test_conference_is_no_answer(self) -> None:
         self.receive("new provider-1, new 201-2 of provider-1, new 202-3 of provider-1")
         told = self.receive("enter 201-2 a, enter 202-3 a, enter provider-1 a")
         self.assertEqual(told, [])
@@ -4027,7 +4027,7 @@ class TestSwitchboard(unittest.TestCase):
         self.assertEqual(self.list(), "end 202")  # Asterisk began anew
         self.assert_empty()
 
-    def test_calls_from_before_the_first_list(self) -> None:
+    def test_first_list_shows_ringing_calls_and_ends_others(self) -> None:
         caller = {**channel_fields("provider-1"), "Linkedid": "provider-1", "BridgeId": "a"}
         phone = {**channel_fields("201-2"), "Linkedid": "provider-1", "BridgeId": "a"}
         second = {**channel_fields("provider-3"), "Linkedid": "provider-3"}
@@ -4041,13 +4041,13 @@ class TestSwitchboard(unittest.TestCase):
         self.assertEqual(self.short(self.receive("hangup provider-5")), "end")
         self.assertEqual(self.receive("hangup provider-7"), [])
 
-    def test_list_that_is_faster_than_the_event(self) -> None:
+    def test_event_after_its_list_completes_the_call(self) -> None:
         self.list({**channel_fields("provider-1"), "Linkedid": "provider-1"})
         self.receive("new provider-1, new 201-2 of provider-1")
         (told,) = self.receive("dial provider-1 201-2")
         self.assertEqual((told["event"], told["did"]), ("ring", "0311110001"))
 
-    def test_account_that_hears_nothing(self) -> None:
+    def test_channels_without_events_show_that_the_account_lacks_a_right(self) -> None:
         for number in range(3):
             self.assertFalse(self.board.lacks_events)
             self.list(channel_fields(f"201-{number}"))
@@ -4096,7 +4096,7 @@ class TestSwitchboard(unittest.TestCase):
         self.list()
         self.assert_empty()
 
-    def test_channels_whose_end_is_never_told(self) -> None:
+    def test_channels_that_never_hang_up_do_not_fill_the_memory(self) -> None:
         with_patch = mock.patch.object(popup_notifier, "MAX_CHANNELS", 100)
         with with_patch:
             for number in range(5000):
@@ -4239,19 +4239,19 @@ class TestAsterisk(unittest.TestCase):
                 self.assertIn(f"\npopup_notifier_{line}\n", metrics)
             self.assertNotIn("heim", health + metrics + "".join(daemon.lines))
 
-    def test_bytes_that_are_no_text(self) -> None:
+    def test_name_that_is_not_utf8_arrives(self) -> None:
         with FakeAsterisk() as pbx, Daemon(**pbx.keys) as daemon, daemon.browser() as browser:
             pbx.wait_for("CoreShowChannels")
             pbx.tell(RING, CallerIDName="a\udce5\udcb1")
             self.assertEqual(browser.message()["data"]["name"], "a\ufffd")
 
-    def test_caller_under_a_very_long_name(self) -> None:
+    def test_very_long_name_is_cut(self) -> None:
         with FakeAsterisk() as pbx, Daemon(**pbx.keys) as daemon, daemon.browser() as browser:
             pbx.wait_for("CoreShowChannels")
             pbx.tell(RING, CallerIDName="n" * 10_000)
             self.assertEqual(set(browser.message()["data"]["name"]), {"n"})
 
-    def test_number_that_is_withheld(self) -> None:
+    def test_withheld_number_is_anonymous(self) -> None:
         for variable in popup_notifier.PRESENTATION:
             with FakeAsterisk() as pbx, Daemon(**pbx.keys) as daemon, daemon.browser() as browser:
                 pbx.wait_for("CoreShowChannels")
@@ -4272,21 +4272,21 @@ class TestAsterisk(unittest.TestCase):
                 [browser.message()["data"]["event"] for _ in "12"], ["ring", "answer"]
             )
 
-    def test_channel_whose_name_holds_a_line_end(self) -> None:
+    def test_line_end_in_a_channel_name_forges_no_action(self) -> None:
         with FakeAsterisk() as pbx, Daemon(**pbx.keys):
             pbx.wait_for("CoreShowChannels")
             pbx.tell("new x", Channel="DAHDI/provider/0\rAction: Logoff-1")
             name = "DAHDI/provider/0Action: Logoff-1"
             self.assertEqual(pbx.wait_for("Getvar")["Channel"], name)
 
-    def test_ring_does_not_wait_for_ever(self) -> None:
+    def test_ring_does_not_wait_for_ever_for_the_presentation(self) -> None:
         with FakeAsterisk() as pbx, Daemon(**pbx.keys) as daemon, daemon.browser() as browser:
             pbx.wait_for("CoreShowChannels")
             with mock.patch.object(pbx, "answer"):
                 pbx.tell(RING)
                 self.assertEqual(browser.phones(1), ["0312345678"])
 
-    def test_account_that_lacks_rights(self) -> None:
+    def test_account_that_lacks_rights_is_named(self) -> None:
         with FakeAsterisk() as pbx:
             pbx.refused = ("Getvar", "CoreShowChannels")
             with (
@@ -4310,7 +4310,7 @@ class TestAsterisk(unittest.TestCase):
                 pbx.tell(RING.replace("-1", "-5"))
                 self.assertEqual(browser.phones(2), ["0312345678", "anonymous"])
 
-    def test_account_that_hears_no_events(self) -> None:
+    def test_account_that_gets_no_events_is_named(self) -> None:
         with (
             FakeAsterisk() as pbx,
             patched("p.AMI_PERIOD = 1") as program,
@@ -4321,7 +4321,7 @@ class TestAsterisk(unittest.TestCase):
                 pbx.listed = [channel_fields(f"201-{number}")]
             daemon.wait_for_log("refuses events to popup@.* read = call")
 
-    def test_peers_that_are_no_manager_interface(self) -> None:
+    def test_peers_that_are_no_manager_interface_are_named(self) -> None:
         for banner, secret, line in (
             (b"SSH-2.0-x\r\n", "ge%40heim", 'is no manager interface, .*it says "SSH-2.0-x"'),
             (b"", "ge%40heim", "is no manager interface, or has TLS: it says nothing"),
@@ -4345,7 +4345,7 @@ class TestAsterisk(unittest.TestCase):
                     self.assertEqual(len([each for each in daemon.lines if "away" in each]), 1)
                     self.assertNotIn("heim", "".join(daemon.lines))
 
-    def test_peer_that_never_ends_a_line(self) -> None:
+    def test_peer_that_never_ends_a_line_is_named(self) -> None:
         with FakeAsterisk(b"") as pbx, patched("p.AMI_TIMEOUT = 1") as program:
 
             def drip() -> None:
@@ -4359,7 +4359,7 @@ class TestAsterisk(unittest.TestCase):
             with Daemon(program=program, **pbx.keys) as daemon:
                 daemon.wait_for_log('Asterisk is away: .* is no manager interface, .* "xx')
 
-    def test_asterisk_that_comes_later_and_goes_in_between(self) -> None:
+    def test_calls_go_on_while_asterisk_is_away(self) -> None:
         pbx = FakeAsterisk()
         with (
             patched(self.QUICK) as program,
@@ -4392,7 +4392,7 @@ class TestAsterisk(unittest.TestCase):
             daemon.wait_for_log("Asterisk is up", 3)
             self.assertEqual(len(daemon.wait_for_log("Asterisk is away", 2)), 2)
 
-    def test_silence_is_noticed(self) -> None:
+    def test_silent_asterisk_is_away(self) -> None:
         with (
             FakeAsterisk() as pbx,
             patched(self.QUICK, "p.AMI_PERIOD = 0.1") as program,
@@ -4402,7 +4402,7 @@ class TestAsterisk(unittest.TestCase):
             with mock.patch.object(pbx, "answer"):
                 daemon.wait_for_log("Asterisk is away: .* no answer for 0.1 seconds")
 
-    def test_50000_events(self) -> None:
+    def test_50000_events_do_not_fill_the_memory(self) -> None:
         with (
             FakeAsterisk() as pbx,
             Daemon(HISTORY=0, **pbx.keys) as daemon,
@@ -4425,12 +4425,12 @@ class TestAsterisk(unittest.TestCase):
             self.assertRegex(self.get(daemon, "/healthz"), "5000[0-9] events, 18750 triggers")
             self.assertLess(grown[-1] - grown[0], 10_000)
 
-    def test_stop_does_not_wait_for_it(self) -> None:
+    def test_stop_does_not_wait_for_asterisk(self) -> None:
         with FakeAsterisk() as pbx, Daemon(**pbx.keys) as daemon:
             pbx.wait_for("CoreShowChannels")
             self.assertEqual(daemon.stop(), 0)
 
-    def test_changed_url_needs_a_restart(self) -> None:
+    def test_changed_ami_trunks_need_a_restart(self) -> None:
         with FakeAsterisk() as pbx, Daemon(**pbx.keys) as daemon:
             daemon.write_config(**{**pbx.keys, "AMI_TRUNKS": "other"})
             daemon.process.send_signal(signal.SIGHUP)
@@ -4449,7 +4449,7 @@ class TestMonitoring(unittest.TestCase):
             answer = daemon.exchange(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n")
             self.assertEqual((status_of(answer), answer[-14:]), (200, b"OK\n1 browsers\n"))
 
-    def test_metrics_count(self) -> None:
+    def test_metrics_count_calls_deliveries_and_refusals(self) -> None:
         with Daemon() as daemon, daemon.browser() as browser, daemon.browser("?exten=9"):
             daemon.trigger("&exten=201")
             daemon.trigger("&exten=all")
@@ -4467,7 +4467,7 @@ class TestMonitoring(unittest.TestCase):
         ):
             self.assertIn(f"\npopup_notifier_{line}\n", answer)
 
-    def test_status_for_the_page(self) -> None:
+    def test_status_names_browsers_and_refusals(self) -> None:
         head = handshake("/crmws?exten=202,201").replace(
             b"\r\n\r\n", b"\r\nOrigin: https://crm.example\r\n\r\n"
         )
@@ -4484,7 +4484,7 @@ class TestMonitoring(unittest.TestCase):
         self.assertEqual(refusal["reason"], "token is not SECRET_TOKEN")
         self.assertNotIn(b"secret-of-another", answer)
 
-    def test_only_for_those_who_may_trigger(self) -> None:
+    def test_monitoring_is_for_the_addresses_of_trigger_allow(self) -> None:
         with Daemon() as daemon:
             for path in ("/healthz", "/metrics", "/status"):
                 request = f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode()
@@ -4494,7 +4494,7 @@ class TestMonitoring(unittest.TestCase):
 class TestServiceManager(unittest.TestCase):
     """sd_notify(3), by a socket that plays systemd."""
 
-    def test_what_systemd_is_told(self) -> None:
+    def test_systemd_gets_ready_status_watchdog_reloading_and_stopping(self) -> None:
         name = f"popup-notifier-test-{os.urandom(8).hex()}"
         for address, shown in ((f"\0{name}", f"@{name}"), ("", "")):
             with self.subTest(shown), tempfile.TemporaryDirectory() as folder:
@@ -4675,7 +4675,7 @@ class TestResources(unittest.TestCase):
                 self.assertEqual((status_of(refusal), refusal[-4:]), (405, b"\r\n\r\n"))
                 self.assertIn(f"\r\nAllow: {allowed}\r\n".encode(), refusal)
 
-    def test_script_that_is_nowhere(self) -> None:
+    def test_missing_script_is_404_and_names_its_folders(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             copy = shutil.copy(PROGRAM, Path(folder, "popup-notifier"))
             with Daemon(program=copy) as daemon:
@@ -4683,7 +4683,7 @@ class TestResources(unittest.TestCase):
         self.assertEqual(status, 404)
         self.assertIn(f"in none of the folders {folder} and /usr/local/share", body.decode())
 
-    def test_only_for_browsers(self) -> None:
+    def test_pages_are_for_the_addresses_of_crmws_allow(self) -> None:
         with Daemon(CRMWS_ALLOW="127.0.0.2") as daemon:
             for path in ("/", "/popup-sample.js", "/crmws"):
                 with self.subTest(path):
@@ -4726,19 +4726,19 @@ class TestCommandLine(unittest.TestCase):
         path.write_text(text)
         return str(path)
 
-    def test_no_configuration(self) -> None:
+    def test_missing_configuration_is_one_line_and_exit_1(self) -> None:
         self.fails_with("/nowhere/x.conf: cannot read", "--config", "/nowhere/x.conf")
 
-    def test_mistake_in_the_configuration(self) -> None:
+    def test_mistake_in_the_configuration_is_one_line_and_exit_1(self) -> None:
         path = self.config("PORT=x\nSECRET_TOKEN=t")
         self.fails_with(f'{path}:1: PORT: "x" is not a whole number', "--config", path)
 
-    def test_port_in_use(self) -> None:
+    def test_port_in_use_is_one_line_and_exit_1(self) -> None:
         with Daemon() as daemon:
             path = self.config(f"PORT={daemon.port}\n{MINIMUM}")
             self.fails_with(f"port {daemon.port}: Address already in use", "-config", path)
 
-    def test_thread_that_cannot_start(self) -> None:
+    def test_thread_that_cannot_start_is_named(self) -> None:
         path = self.config(f"PORT={free_port()}\nSECRET_TOKEN=t")
         fail = "def start(*args): raise RuntimeError('no more threads')"
         with patched(fail, "threading.Thread.start = start") as program:
@@ -4752,7 +4752,7 @@ class TestCommandLine(unittest.TestCase):
         self.assertIn("cannot start a thread: no more threads; raise TasksMax", done.stderr)
         self.assertNotIn("Traceback", done.stderr)
 
-    def test_address_that_is_not_here(self) -> None:
+    def test_address_that_is_not_here_is_one_line_and_exit_1(self) -> None:
         path = self.config(f"PORT={free_port()}\nLISTEN=192.0.2.1\n{MINIMUM}")
         self.fails_with("cannot listen on 192.0.2.1", f"-config={path}")
 
@@ -4762,7 +4762,7 @@ class TestCommandLine(unittest.TestCase):
         self.assertIn("/usr/local/etc/popup-notifier.conf", re.sub(r"\s+", "", done.stdout))
         self.assertIn(popup_notifier.VERSION, self.run_with("--version").stdout)
 
-    def test_listen_on_one_address(self) -> None:
+    def test_listen_names_one_address(self) -> None:
         with Daemon(LISTEN="127.0.0.1") as daemon:
             self.assertEqual(daemon.trigger(), 200)
             with self.assertRaises(ConnectionRefusedError):
@@ -4802,7 +4802,7 @@ class TestCommandLine(unittest.TestCase):
                     browser.send(Opcode.CLOSE, payload[:2])
                     self.assertEqual(browser.sock.recv(1), b"")  # not a reset
 
-    def test_who_came_just_before_the_end_gets_what_it_missed(self) -> None:
+    def test_browser_that_came_just_before_the_end_gets_what_it_missed(self) -> None:
         with patched(
             "subscribe = p.Hub.subscribe",
             "def last(*args):",
@@ -4820,7 +4820,7 @@ class TestCommandLine(unittest.TestCase):
                     self.assertEqual(browser.closed_with()[0], 1001)
                 self.assertEqual(daemon.process.wait(TIMEOUT), 0)
 
-    def test_starts_again_at_once(self) -> None:
+    def test_port_is_free_again_at_once(self) -> None:
         with Daemon() as daemon:
             browsers = [daemon.browser() for _ in range(20)]
             self.assertEqual(daemon.stop(), 0)
@@ -4919,7 +4919,7 @@ class TestCommandLine(unittest.TestCase):
             "is not a whole number", "--check", "--config", self.config("PORT=x\nSECRET_TOKEN=t")
         )
 
-    def test_careless_secrets_are_warned_of(self) -> None:
+    def test_sample_token_and_readable_file_are_warned_of(self) -> None:
         path = self.config("SECRET_TOKEN=mytoken")
         Path(path).chmod(0o644)
         done = self.run_with("--check", "--config", path)
@@ -5022,7 +5022,7 @@ class TestReload(unittest.TestCase):
         daemon.process.send_signal(signal.SIGHUP)
         daemon.wait_for_log(expected)
 
-    def test_browsers_stay_but_those_not_admitted_any_more(self) -> None:
+    def test_reload_keeps_browsers_but_those_no_longer_admitted(self) -> None:
         with (
             Daemon() as daemon,
             daemon.browser() as stays,
@@ -5038,7 +5038,7 @@ class TestReload(unittest.TestCase):
             self.assertEqual(stays.phones(1), ["0312345678"])
             self.assertEqual(status_of(daemon.exchange(handshake(), source="127.0.0.2")), 403)
 
-    def test_pages_and_tokens_not_admitted_any_more_are_closed(self) -> None:
+    def test_reload_closes_pages_and_tokens_no_longer_admitted(self) -> None:
         crm = handshake("/crmws?token=one").replace(b"\r\n\r\n", b"\r\nOrigin: http://crm\r\n\r\n")
         for key, value, why in (
             ("CRMWS_ORIGINS", "http://other", 'origin "http://crm" is not in CRMWS_ORIGINS'),
@@ -5064,14 +5064,14 @@ class TestReload(unittest.TestCase):
                 browser.send(Opcode.PONG, payload)
             self.assertEqual(daemon.connected(), 1)
 
-    def test_bad_file_changes_nothing(self) -> None:
+    def test_reload_of_a_mistake_leaves_the_old_configuration_in_force(self) -> None:
         with Daemon() as daemon, daemon.browser() as browser:
             self.reload(daemon, "the old one stays in force", TRIGGER_ALLOW="nobody")
             self.assertIn('"nobody", no IP address', "\n".join(daemon.lines))
             self.assertEqual(daemon.trigger(), 200)
             self.assertEqual(browser.phones(1), ["0312345678"])
 
-    def test_limits_change(self) -> None:
+    def test_reload_changes_max_browsers_and_ping_interval(self) -> None:
         with Daemon() as daemon, daemon.browser("?since=") as browser:
             browser.hello()
             self.reload(daemon, "configuration reloaded", MAX_BROWSERS=1, PING_INTERVAL=1)
@@ -5079,7 +5079,7 @@ class TestReload(unittest.TestCase):
             while browser.frame()[0] != Opcode.PING:  # a second later, not 25
                 pass
 
-    def test_shorter_history_forgets_the_calls_that_are_here(self) -> None:
+    def test_reload_of_a_shorter_history_forgets_calls(self) -> None:
         with Daemon(HISTORY=3600) as daemon:
             with daemon.browser("?since=") as browser:
                 position = browser.hello()["id"]
@@ -5418,7 +5418,7 @@ class TestDescriptors(unittest.TestCase):
             self.assertEqual(len(browsers) + refused, 75)
             self.assertFalse([line for line in daemon.lines if "cannot accept" in line])
 
-    def test_those_who_take_their_time_to_leave_make_room(self) -> None:
+    def test_browsers_that_do_not_hang_up_make_room(self) -> None:
         with Daemon(command=self.limited(64, 64)) as daemon, contextlib.ExitStack() as stack:
             stays = [stack.enter_context(daemon.browser()) for _ in range(20)]
             for _ in range(100):
@@ -5628,7 +5628,7 @@ class TestStartStopClock(unittest.TestCase):
                     name_server.recv(512)
 
     @needs("faketime")
-    def test_clock_set_back_an_hour(self) -> None:
+    def test_clock_set_back_an_hour_breaks_neither_order_nor_deadlines(self) -> None:
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             clock = Path(folder, "clock")
             clock.write_text("+0")
@@ -6512,7 +6512,7 @@ class BrowserTests(unittest.TestCase):
     # The popup.
 
     @needs("curl")
-    def test_line_of_the_seed_pops_up(self) -> None:
+    def test_one_line_of_curl_pops_up(self) -> None:
         with Daemon(SECRET_TOKEN="mytoken") as daemon:
             tab = self.open(self.site.page(daemon.port))
             daemon.wait_for_log("browser connected")
@@ -6522,7 +6522,7 @@ class BrowserTests(unittest.TestCase):
             )
             wait_for_phones(tab, "0312345678")
 
-    def test_tags_of_the_readme(self) -> None:
+    def test_readme_tags_connect_and_fill_in_the_link(self) -> None:
         with Daemon() as daemon:
             for number, block in enumerate(readme_blocks("html")):
                 tags = block.replace("http://192.0.2.10:8989", f"http://127.0.0.1:{daemon.port}")
@@ -6605,7 +6605,7 @@ class BrowserTests(unittest.TestCase):
         ("http://[{phone}", "", "1", None),
     )
 
-    def test_link_is_filled_in_and_encoded(self) -> None:
+    def test_link_is_filled_in_normalised_and_encoded(self) -> None:
         with Daemon() as daemon:
             tab = self.open_connected(daemon)
             for template, normalise, phone, expected in self.LINKS:
@@ -6698,7 +6698,7 @@ class BrowserTests(unittest.TestCase):
             daemon.trigger("&exten=202", phone="5")
             wait_for_phones(tab, "2", "5")
 
-    def test_life_of_a_card(self) -> None:
+    def test_card_follows_its_call_from_ring_to_end(self) -> None:
         ring, talking, missed, ended = "着信", "通話中", "不在着信", "終了"
         with Daemon() as daemon:
             tab, reception = (
@@ -6746,7 +6746,7 @@ class BrowserTests(unittest.TestCase):
             tell("end", "", 4)
             states(reception)
 
-    def test_ended_call_goes_and_a_ring_without_news_ages(self) -> None:
+    def test_ended_call_goes_after_20_s_and_a_ring_becomes_rang_after_60_s(self) -> None:
         with Daemon(PING_INTERVAL=3600) as daemon:  # no ALIVE corrects the clock
             tab = self.open_connected(daemon, exten="201")
             daemon.trigger("&event=answer&uniqueid=6.1", "1")
@@ -6847,7 +6847,7 @@ class BrowserTests(unittest.TestCase):
             calls = tab.evaluate("n.calls.map((call) => [call.uniqueid, call.state, call.exten])")
         self.assertEqual(sorted(calls), sorted(expected))
 
-    def test_cards_follow_the_agent(self) -> None:
+    def test_cards_stay_over_a_reload_and_a_call_meanwhile_is_shown(self) -> None:
         with Daemon(HISTORY=600) as daemon:
             url = self.site.page(daemon.port, exten="201")
             tab = self.open(url)
@@ -6867,7 +6867,7 @@ class BrowserTests(unittest.TestCase):
             tab.wait_for("document.querySelector('popup-notifier')?.matches(':popover-open')")
             self.assertEqual(len(toasts(tab, 2)), 2)
 
-    def test_what_the_crm_knows(self) -> None:
+    def test_lookup_shows_who_it_is_and_a_link_to_create(self) -> None:
         answers = {"1": '{"name": "山田様", "open": "/c/7", "note": "VIP"}', "2": "{}"}
         for phone, answer in answers.items():
             self.site.pages[f"/who/{phone}"] = answer
@@ -6889,7 +6889,7 @@ class BrowserTests(unittest.TestCase):
                     tab.press("Escape")
                     toasts(tab, 0)
 
-    def test_code_of_the_page_may_answer_and_may_fail(self) -> None:
+    def test_code_of_the_page_may_answer_or_hide_a_card_and_may_fail(self) -> None:
         code = """
             const answers = {
               1: () => { throw new Error('of the page') }, 2: () => false,
@@ -6908,7 +6908,7 @@ class BrowserTests(unittest.TestCase):
                 shown, [["1", ""], ["3", "found", "by code"], ["4", ""], ["5", "later"]]
             )
 
-    def test_agent_says_which_extension(self) -> None:
+    def test_agent_is_asked_for_the_extension_once(self) -> None:
         with Daemon() as daemon:
             url = self.site.page(daemon.port, exten="ask", alert="title")
             tab = self.open(url, "sessionStorage.length || localStorage.clear();")
@@ -7070,7 +7070,7 @@ class BrowserTests(unittest.TestCase):
             tab.wait_for("heard.state === 'closed'")
             tab.evaluate("localStorage.clear()")
 
-    def test_agent_sets_what_calls_attention(self) -> None:
+    def test_agent_chooses_sound_and_title_in_the_corner(self) -> None:
         with Daemon() as daemon:
             tab = self.open_connected(daemon, alert="title")
             self.addCleanup(tab.evaluate, "localStorage.clear()")
@@ -7091,7 +7091,7 @@ class BrowserTests(unittest.TestCase):
             again.press("Escape")
             again.wait_for(f"!{box}.checkVisibility()")
 
-    def test_back_forward_cache(self) -> None:
+    def test_page_of_the_back_forward_cache_connects_again_and_once(self) -> None:
         with Daemon() as daemon:
             was_kept = []  # whether the page came back as it was; a busy Chrome may load it again
             first = self.site.coded_page(daemon.port, exten="201")
@@ -7135,7 +7135,7 @@ class BrowserTests(unittest.TestCase):
             self.assertTrue(tab.evaluate("document.hidden"))
 
     @needs("openssl")
-    def test_content_security_policy_of_the_readme(self) -> None:
+    def test_readme_content_security_policy(self) -> None:
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         keys = Certificates(folder.name).make("crm")
@@ -7225,7 +7225,7 @@ class BrowserTests(unittest.TestCase):
                     with self.subTest(text, scheme=scheme, color=color, behind=behind):
                         self.assertGreaterEqual(contrast(color, behind), 4.5)
 
-    def test_keys_and_targets(self) -> None:
+    def test_keyboard_reaches_every_control_from_the_newest_card_on(self) -> None:
         with self.every_kind_of_call() as daemon:
             tab = self.open_every_kind_of_card(daemon)
             for _ in range(99):
@@ -7300,7 +7300,7 @@ class BrowserTests(unittest.TestCase):
 
     # A day in the office.
 
-    def test_day_in_an_office(self) -> None:
+    def test_day_in_an_office_shows_the_right_cards_on_each_screen(self) -> None:
         with Office(self.browser) as office:
             for line in re.sub(r"\n +\|", " |", DAY.strip()).splitlines():
                 head, *screens = line.split(" | ")
@@ -7371,7 +7371,7 @@ class BrowserTests(unittest.TestCase):
 
     # The connection.
 
-    def test_restart_of_the_daemon(self) -> None:
+    def test_page_connects_again_after_a_restart_of_the_daemon(self) -> None:
         with Daemon() as daemon:
             tab = self.open_connected(daemon)
             daemon.trigger(phone="1")
@@ -7383,7 +7383,7 @@ class BrowserTests(unittest.TestCase):
             again.trigger(phone="2")
             wait_for_phones(tab, "1", "2")
 
-    def test_connection_that_died_in_silence(self) -> None:
+    def test_calls_missed_while_the_connection_was_dead_come_after_it(self) -> None:
         with Daemon(PING_INTERVAL=1) as daemon, contextlib.ExitStack() as stack:
             tab = self.open_connected(daemon)
             daemon.trigger(phone="1")
@@ -7489,7 +7489,7 @@ class BrowserTests(unittest.TestCase):
             again = daemon.asked_for.get(timeout=TIMEOUT)
             self.assertTrue(again.endswith(f"?since={start}-{10**30 + 1000}"), again)
 
-    def test_envelope_of_the_go_daemon(self) -> None:
+    def test_messages_of_the_go_daemon_are_understood(self) -> None:
         def call(phone: str, exten: str, **more: str) -> dict[str, Any]:
             return {"type": "CALL_IN", "data": {"phone": phone, "exten": exten, **more}}
 
@@ -7681,7 +7681,7 @@ class BrowserTests(unittest.TestCase):
 
                 until(is_seen_there, "the other tab knows that its agent has looked")
 
-    def test_desk_at_midnight(self) -> None:
+    def test_desk_at_midnight_keeps_calls_that_go_on_or_are_unseen(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             clock = Clock(folder)
             clock.set("23:59:00")
@@ -7700,7 +7700,7 @@ class BrowserTests(unittest.TestCase):
                 tab.evaluate("dispatchEvent(new Event('focus'))")
                 self.wait_for_rows(tab, ("talking", "1"))
 
-    def test_desk_on_a_computer_whose_clock_is_a_day_ahead(self) -> None:
+    def test_desk_shows_calls_though_the_computers_clock_is_a_day_ahead(self) -> None:
         before = """
             window.Date = class extends Date {
               constructor(...parts) { super(...(parts.length ? parts : [Date.now()])); }
@@ -7806,7 +7806,7 @@ class BrowserTests(unittest.TestCase):
                 tab.wait_for(pressed.format("notification", is_granted))
                 tab.wait_for(f"{hint} {'=' if is_granted == 'true' else '!'}== ''")
 
-    def test_desk_shows_the_admin_how_things_are(self) -> None:
+    def test_desk_shows_the_admin_browsers_refusals_and_a_curl_line(self) -> None:
         with Daemon() as daemon:
             tab = self.open_desk(daemon)
             tab.evaluate("document.querySelector('#admin').open = true")
@@ -7849,7 +7849,7 @@ class TestChromium(BrowserTests):
             self.assertEqual((errors, manifest["errors"]), ([], []))
             self.assertIn(f"127.0.0.1:{daemon.port}/?exten=201", manifest["data"])
 
-    def test_dark_mode(self) -> None:
+    def test_cards_are_dark_on_a_dark_system(self) -> None:
         with Daemon() as daemon:
             tab = self.open_connected(daemon)
             daemon.trigger()
@@ -7984,7 +7984,7 @@ class TestNginx(unittest.TestCase):
             finally:
                 process.terminate()
 
-    def test_readme_configuration(self) -> None:
+    def test_readme_configuration_of_nginx(self) -> None:
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             certificates = Certificates(folder)
             daemon = stack.enter_context(daemon_behind_a_proxy())
@@ -7993,7 +7993,7 @@ class TestNginx(unittest.TestCase):
             check_proxy(self, daemon, tls, certificates.client())
             daemon.wait_for_log("browser connected: 127.0.0.5", 2)
 
-    def test_readme_configuration_for_several_daemons(self) -> None:
+    def test_readme_configuration_of_nginx_for_several_daemons(self) -> None:
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             daemons = [
                 stack.enter_context(Daemon(TRUSTED_PROXIES="127.0.0.1", CRMWS_ALLOW="127.0.0.5"))
@@ -8041,7 +8041,7 @@ class TestApache(unittest.TestCase):
         </VirtualHost>
     """
 
-    def test_readme_configuration(self) -> None:
+    def test_readme_configuration_of_apache(self) -> None:
         (block,) = readme_blocks("apache")
         (enabled,) = (text for text in readme_blocks("sh") if text.startswith("a2enmod"))
         # Beside what Debian's own configuration has.
@@ -8074,7 +8074,7 @@ class TestApache(unittest.TestCase):
 class TestPrometheus(unittest.TestCase):
     """What Prometheus's own tool says of our metrics."""
 
-    def test_metrics_pass_its_check(self) -> None:
+    def test_metrics_pass_the_check_of_promtool(self) -> None:
         with Daemon() as daemon, daemon.browser() as browser:
             daemon.trigger()
             daemon.trigger(token="wrong")
@@ -8088,7 +8088,7 @@ class TestPrometheus(unittest.TestCase):
         )
         self.assertEqual((done.returncode, done.stdout + done.stderr), (0, b""))
 
-    def test_readme_alerts(self) -> None:
+    def test_readme_alerts_pass_the_check_of_promtool(self) -> None:
         with Daemon(REDIS_URL="redis://127.0.0.1:1") as daemon:
             metrics = daemon.exchange(b"GET /metrics HTTP/1.1\r\nHost: h\r\n\r\n").decode()
         with tempfile.TemporaryDirectory() as folder:
@@ -8178,7 +8178,7 @@ class TestReadme(unittest.TestCase):
         pictures = re.findall(r"^!\[.*\]\((.*)\)$", text, re.MULTILINE)
         return self.BLOCK.findall(document), re.findall(marks, text, re.MULTILINE), pictures
 
-    def test_it_is_read_in_one_sitting(self) -> None:
+    def test_readme_is_read_in_one_sitting(self) -> None:
         for half in readme_halves():
             self.assertLessEqual(len(half.splitlines()), self.LINES)
 
@@ -8214,7 +8214,7 @@ class TestReadme(unittest.TestCase):
                         self.assertEqual(text.count(target), 1, target)
                         self.assertIn(f"]({target})", text.splitlines()[2])
 
-    def test_every_key_and_default(self) -> None:
+    def test_reference_has_every_key_and_default(self) -> None:
         for page in documents()["reference"]:
             for key in popup_notifier.KEYS:
                 names = f"`{key.name}`" + (f" (`{key.alias}`)" if key.alias else "")
@@ -8242,7 +8242,7 @@ class TestReadme(unittest.TestCase):
                 with self.subTest(line):
                     self.assertIn(next(part for part in words if len(part) > 3), rows)
 
-    def test_every_attribute_of_the_script(self) -> None:
+    def test_readme_has_every_attribute_of_the_script(self) -> None:
         script = (HERE / "popup-sample.js").read_text()
         attributes = set(re.findall(r"^ \* (data-\w+)", script, re.MULTILINE))
         for half in readme_halves():
@@ -8255,7 +8255,7 @@ class TestReadme(unittest.TestCase):
             own = {name: shown[name] for name in ("id", "key", "time")}
             self.assertEqual({**browser.message(), **own}, shown)
 
-    def test_configuration_can_be_used(self) -> None:
+    def test_readme_configurations_can_be_used(self) -> None:
         for block in readme_blocks("ini"):
             if not block.startswith(";"):  # those are Asterisk's
                 parse_config(b"SECRET_TOKEN=x\nCLIENT_PORT=8443\n" + block.encode(), "README.md")
