@@ -2063,7 +2063,7 @@ class Hub:
         if protocol.is_closed and not is_leaving:
             self._leave(browser)
         self._reply(browser, protocol.data_to_send())
-        if protocol.is_closed and not was_closed and not browser.is_gone:
+        if protocol.is_closed and not was_closed:
             self._hang_up_if_closed(browser)
             if protocol.error is not None:
                 self._log_drop(browser, DropReason.PROTOCOL_ERROR, f"sent {protocol.error}")

@@ -1587,6 +1587,21 @@ class TestHub(unittest.TestCase):
                 reset(browser.sock)
                 daemon.wait_for_log("browser gone: 127.0.0.1 connection lost")
 
+    def test_browser_that_is_gone_before_its_close_is_answered_is_logged(self) -> None:
+        with patched(
+            "begin = p.Browser.__init__",
+            "def begin_broken(self, sock, *args):",
+            "    begin(self, sock, *args)",
+            "    def send(data):",
+            "        if data[:1] == b'\\x88': raise BrokenPipeError",
+            "        return sock.send(data)",
+            "    self.send = send",
+            "p.Browser.__init__ = begin_broken",
+        ) as program:
+            with Daemon(program=program) as daemon, daemon.browser() as browser:
+                browser.send(Opcode.CLOSE)
+                daemon.wait_for_log(r"browser gone: 127.0.0.1 closed with 1005 \(0 connected\)")
+
     def test_bug_in_serving_a_browser_drops_that_one_alone(self) -> None:
         with patched(
             "serve = p.Hub._receive",
